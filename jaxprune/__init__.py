@@ -1,0 +1,48 @@
+"""Model compression for JAX and Flax as pure functions over pytrees.
+
+Stages, in the order of use: `scores` and `budgets` say what matters, `masks` selects, `optim` trains
+under masks, `quantize` stores weights in few bits, `export` saves, `report` shows what was gained.
+"""
+
+from jaxprune import budgets, export, masks, optim, quantize, schedules, scores
+from jaxprune.masks import (
+    apply_masks,
+    pack_masks,
+    prune_tree,
+    sparsity,
+    unpack_masks,
+)
+from jaxprune.optim import masked_update
+from jaxprune.quantize import (
+    QuantizedArray,
+    dequantize_tree,
+    fake_quantize,
+    fake_quantize_tree,
+    quantize_tree,
+)
+from jaxprune.reports import nbytes, report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QuantizedArray",
+    "apply_masks",
+    "budgets",
+    "dequantize_tree",
+    "export",
+    "fake_quantize",
+    "fake_quantize_tree",
+    "masked_update",
+    "masks",
+    "nbytes",
+    "optim",
+    "pack_masks",
+    "prune_tree",
+    "quantize",
+    "quantize_tree",
+    "report",
+    "schedules",
+    "scores",
+    "sparsity",
+    "unpack_masks",
+]

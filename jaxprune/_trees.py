@@ -1,0 +1,191 @@
+"""Paths, selection and path-aware maps over any pytree.
+
+A path is the '/'-joined string of the keys from the root to a leaf: `encoder/layers_0/kernel`.
+Dictionary keys, sequence indices and attribute names are written alike. The `value` attribute
+through which `flax.nnx` variables hold their array is not part of the path, so a path reads the same
+for a linen dict and for an `nnx.State`. Compressed leaves count as leaves.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune._types import PyTree, Where, is_compressed
+
+
+def path_str(key_path: Sequence[Any]) -> str:
+    """The '/'-joined string of a JAX key path."""
+    names = [_key_name(key) for key in key_path]
+    is_nnx_value = len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey("value")
+    return "/".join(names[:-1] if is_nnx_value else names)
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
+    """Paths, leaves and treedef of `tree`, compressed arrays kept whole."""
+    items, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_compressed)
+    return [path_str(path) for path, _ in items], [leaf for _, leaf in items], treedef
+
+
+def leaf_paths(tree: PyTree) -> list[str]:
+    """The path of every leaf, in flatten order."""
+    return flatten(tree)[0]
+
+
+def dense(leaf: Any) -> Any:
+    """The dense array of a leaf, compressed or not. Inverse of nothing: information stays lost."""
+    return leaf.materialize() if is_compressed(leaf) else leaf
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf is a floating-point array (or stands for one)."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
+def rank(leaf: Any) -> int:
+    """The number of axes of a leaf, compressed or not."""
+    return len(getattr(leaf, "shape", ()))
+
+
+def is_weight(leaf: Any) -> bool:
+    """The default selection: a floating array with at least two axes."""
+    return is_floating(leaf) and rank(leaf) >= 2
+
+
+def select(tree: PyTree, where: Where = None) -> list[bool]:
+    """Which leaves `where` selects, in flatten order.
+
+    Args:
+      tree: any pytree.
+      where: `None` selects floating leaves with two axes or more. A string is a regular expression
+        matched *in full* against the path; a sequence selects what any of its members selects; a
+        callable gets `(path, leaf)`. Only floating leaves are ever selected.
+
+    Returns:
+      One bool per leaf.
+
+    Raises:
+      TypeError: `where` is of another type.
+      ValueError: a regular expression is malformed, or matches no floating leaf; the message lists
+        the nearest paths.
+    """
+    paths, leaves, _ = flatten(tree)
+    return _select(paths, leaves, where)
+
+
+def _select(paths: list[str], leaves: list[Any], where: Where) -> list[bool]:
+    if where is None:
+        return [is_weight(leaf) for leaf in leaves]
+    if isinstance(where, str):
+        pattern = compile_pattern(where)
+        hits = [
+            is_floating(leaf) and pattern.fullmatch(path) is not None
+            for path, leaf in zip(paths, leaves, strict=True)
+        ]
+        if not any(hits):
+            candidates = [p for p, leaf in zip(paths, leaves, strict=True) if is_floating(leaf)]
+            raise ValueError(no_match(where, candidates))
+        return hits
+    if callable(where):
+        return [
+            is_floating(leaf) and bool(where(path, leaf))
+            for path, leaf in zip(paths, leaves, strict=True)
+        ]
+    if isinstance(where, Sequence):
+        rows = [_select(paths, leaves, item) for item in where]
+        return [any(column) for column in zip(*rows, strict=True)] if rows else [False] * len(paths)
+    raise TypeError(
+        f"where: expected None, a regular expression, a sequence of those or a callable "
+        f"(path, leaf) -> bool, got {type(where).__name__}"
+    )
+
+
+def compile_pattern(pattern: str, *, parameter: str = "where") -> re.Pattern[str]:
+    """A compiled regular expression, or a `ValueError` that names the parameter."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{parameter}: {pattern!r} is no regular expression ({error}); "
+            "escape special characters, e.g. r'layers\\.0/kernel'"
+        ) from error
+
+
+def no_match(pattern: str, paths: Sequence[str], *, parameter: str = "where") -> str:
+    """The message for a pattern without a match, with the paths that come nearest to it."""
+    if not paths:
+        return f"{parameter}: {pattern!r} matches nothing: the tree has no floating leaf"
+    near = [path for path in paths if _contains(pattern, path)]
+    near += difflib.get_close_matches(pattern, paths, n=5, cutoff=0.3)
+    shown = list(dict.fromkeys(near or paths))[:5]
+    return (
+        f"{parameter}: {pattern!r} matches no path in full; nearest: "
+        + ", ".join(repr(path) for path in shown)
+        + ". Patterns are matched against the whole path: begin with '.*' to match a suffix"
+    )
+
+
+def _contains(pattern: str, path: str) -> bool:
+    return re.search(pattern, path) is not None
+
+
+def map_selected(
+    f: Callable[..., Any],
+    other: Callable[[Any], Any],
+    tree: PyTree,
+    *rest: PyTree,
+    where: Where = None,
+) -> PyTree:
+    """Maps `f(leaf, *rest_leaves)` over the selected leaves and `other(leaf)` over the others."""
+    _, leaves, treedef = flatten(tree)
+    chosen = select(tree, where)
+    columns = [treedef.flatten_up_to(r) for r in rest]
+    return treedef.unflatten(
+        f(leaf, *(column[i] for column in columns)) if chosen[i] else other(leaf)
+        for i, leaf in enumerate(leaves)
+    )
+
+
+def map_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """Maps `f(path, leaf, *rest_leaves)` over all leaves, compressed arrays kept whole."""
+    paths, leaves, treedef = flatten(tree)
+    columns = [treedef.flatten_up_to(r) for r in rest]
+    return treedef.unflatten(
+        f(path, leaf, *(column[i] for column in columns))
+        for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
+    )
+
+
+def unpruned_score() -> jax.Array:
+    """The score of a leaf that nobody prunes."""
+    return jnp.array(jnp.inf, jnp.float32)
+
+
+def magnitudes(params: PyTree) -> PyTree:
+    """`|w|` for every floating leaf, `+inf` for the others."""
+    return jax.tree.map(
+        lambda x: jnp.abs(dense(x)) if is_floating(x) else unpruned_score(),
+        params,
+        is_leaf=is_compressed,
+    )
+
+
+def restrict(scores: PyTree, params: PyTree, where: Where = None) -> PyTree:
+    """Scores of the leaves that `where` selects among `params`; the others score `+inf`."""
+    treedef = flatten(params)[2]
+    chosen = select(params, where)
+    leaves = treedef.flatten_up_to(scores)
+    return treedef.unflatten(
+        leaf if hit else unpruned_score() for leaf, hit in zip(leaves, chosen, strict=True)
+    )

@@ -1,0 +1,168 @@
+"""The structure of a tree as plain JSON, and back, so that loading needs no template.
+
+Arrays are numbered; everything else stands in the structure itself. Known nodes: dict, list, tuple,
+None, named tuples, Flax `FrozenDict` and `nnx.State`, and this library's compressed leaves.
+"""
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune._types import PyTree
+from jaxprune.masks import PackedMask
+from jaxprune.quantize import QuantizedArray, Spec
+
+_TRUSTED = ("chex", "flax", "jax", "jaxprune", "optax")  # packages that loading may import
+_FROZEN = ("flax.core", "FrozenDict")
+_STATE = ("flax.nnx", "State")
+
+# a compressed leaf's class, and how its static fields become JSON and come back
+_COMPRESSED: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "QuantizedArray": (
+        QuantizedArray,
+        lambda q: {
+            "spec": dataclasses.asdict(q.spec),
+            "length": q.length,
+            "dtype": np.dtype(q.dtype).name,
+        },
+        lambda meta: {
+            "spec": Spec(**meta["spec"]),
+            "length": meta["length"],
+            "dtype": jax.numpy.dtype(meta["dtype"]),
+        },
+    ),
+    "PackedMask": (PackedMask, lambda m: {"length": m.length}, lambda meta: meta),
+}
+
+
+def encode(tree: PyTree) -> tuple[dict[str, Any], list[Any]]:
+    """The structure of `tree` and its arrays, in order. Inverse of `decode`.
+
+    Raises:
+      TypeError: a node or leaf that cannot be rebuilt without its program, named with its path.
+    """
+    arrays: list[Any] = []
+    return _encode(tree, "", arrays), arrays
+
+
+def _encode(node: Any, path: str, arrays: list[Any]) -> dict[str, Any]:
+    below = lambda key, child: _encode(child, f"{path}/{key}" if path else str(key), arrays)
+    for name, (cls, to_meta, _) in _COMPRESSED.items():
+        if isinstance(node, cls):
+            meta = to_meta(node)
+            fields = [f.name for f in dataclasses.fields(node) if f.name not in meta]
+            children = {f: below(f, getattr(node, f)) for f in fields}
+            return {"kind": "compressed", "type": name, "meta": meta, "children": children}
+    if node is None:
+        return {"kind": "none"}
+    if isinstance(node, (bool, int, float, str)):
+        return {"kind": "value", "value": node}
+    if isinstance(node, (jax.Array, np.ndarray, np.generic)):
+        if jax.numpy.issubdtype(node.dtype, jax.dtypes.prng_key):
+            raise TypeError(
+                f"tree: leaf {path!r} is a typed PRNG key; save jax.random.key_data(key) instead"
+            )
+        arrays.append(node)
+        return {"kind": "array", "index": len(arrays) - 1}
+    if isinstance(node, Mapping):
+        kind = "dict"
+        if _is(node, *_FROZEN):
+            kind = "frozen"
+        elif _is(node, *_STATE):
+            kind = "state"
+        elif type(node) is not dict:
+            raise TypeError(_unknown(node, path))
+        items = [[key, below(key, child)] for key, child in node.items()]
+        for key, _ in items:
+            if not isinstance(key, (str, int)):
+                raise TypeError(f"tree: key {key!r} under {path!r} is neither a string nor an integer")
+        return {"kind": kind, "items": items}
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        cls = type(node)
+        fields = {f: below(f, getattr(node, f)) for f in node._fields}
+        return {"kind": "named", "type": [cls.__module__, cls.__qualname__], "children": fields}
+    if type(node) in (list, tuple):
+        items = [below(i, child) for i, child in enumerate(node)]
+        return {"kind": type(node).__name__, "items": items}
+    if _is_variable(node):
+        value = below("value", node.get_value() if hasattr(node, "get_value") else node.value)
+        return {"kind": "variable", "type": type(node).__name__, "value": value}
+    raise TypeError(_unknown(node, path))
+
+
+def _unknown(node: Any, path: str) -> str:
+    return (
+        f"tree: {type(node).__name__} at {path or 'the root'!r} cannot be loaded back without its "
+        "class; save its fields as a dict (for Flax modules and TrainState: their params)"
+    )
+
+
+def _is(node: Any, module: str, name: str) -> bool:
+    """Whether `node` is of a class of an optional package, without importing that package."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and isinstance(node, getattr(loaded, name))
+
+
+def _is_variable(node: Any) -> bool:
+    return _is(node, "flax.nnx", "Variable")
+
+
+def decode(structure: dict[str, Any], arrays: list[Any]) -> PyTree:
+    """The tree of a structure and its arrays. Inverse of `encode`.
+
+    Raises:
+      ValueError: a structure of an unknown kind, or a class that is not at hand.
+    """
+    kind = structure["kind"]
+    back = lambda child: decode(child, arrays)
+    if kind == "array":
+        return arrays[structure["index"]]
+    if kind == "value":
+        return structure["value"]
+    if kind == "none":
+        return None
+    if kind in ("dict", "frozen", "state"):
+        items = {key: back(child) for key, child in structure["items"]}
+        if kind == "dict":
+            return items
+        module, name = _FROZEN if kind == "frozen" else _STATE
+        return getattr(importlib.import_module(module), name)(items)
+    if kind in ("list", "tuple"):
+        items = [back(child) for child in structure["items"]]
+        return items if kind == "list" else tuple(items)
+    if kind == "variable":
+        cls = getattr(importlib.import_module("flax.nnx"), structure["type"], None)
+        if cls is None:
+            raise ValueError(f"checkpoint: unknown nnx variable type {structure['type']!r}")
+        return cls(back(structure["value"]))
+    children = {name: back(child) for name, child in structure.get("children", {}).items()}
+    if kind == "named":
+        return _named_class(*structure["type"])(**children)
+    if kind == "compressed" and structure["type"] in _COMPRESSED:
+        cls, _, from_meta = _COMPRESSED[structure["type"]]
+        return cls(**children, **from_meta(structure["meta"]))
+    raise ValueError(
+        f"checkpoint: unknown node {kind!r} ({structure.get('type')}); it was written by a newer "
+        "jaxprune: upgrade"
+    )
+
+
+def _named_class(module: str, qualname: str) -> Any:
+    """A named tuple's class: from trusted packages, or from a module that is loaded already."""
+    if module.split(".")[0] in _TRUSTED:
+        found: Any = importlib.import_module(module)
+    else:
+        found = sys.modules.get(module)
+    for name in qualname.split("."):
+        found = getattr(found, name, None)
+    if not (isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields")):
+        raise ValueError(
+            f"checkpoint: it holds the named tuple {module}.{qualname}, which is not at hand; "
+            f"import {module} before loading"
+        )
+    return found

@@ -1,0 +1,16 @@
+"""Scores and sparsity in, masks out: exact selection, patterns, application, packing."""
+
+from jaxprune.masks._apply import (
+    PackedMask,
+    apply_masks,
+    masked,
+    pack_masks,
+    resolve,
+    sparsity,
+    unpack_masks,
+)
+from jaxprune.masks._from_scores import from_scores
+from jaxprune.masks._patterns import NM, Block, Channel, Pattern
+from jaxprune.masks._prune import prune_tree
+
+__all__ = ["NM", "Block", "Channel", "PackedMask", "Pattern", "from_scores"]

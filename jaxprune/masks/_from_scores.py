@@ -1,0 +1,192 @@
+"""From scores to masks."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import _checks, _trees
+from jaxprune._types import Masks, PyTree, Scores
+from jaxprune.masks._keys import kept
+from jaxprune.masks._patterns import NM, Pattern
+from jaxprune.masks._select import largest
+
+_LIMIT = 2**31 - 1
+
+
+def from_scores(
+    scores: Scores,
+    sparsity: float | jax.Array | PyTree,
+    *,
+    scope: str = "global",
+    pattern: Pattern | NM | None = None,
+) -> Masks:
+    """Masks that keep the entries with the largest scores: exactly `round((1 - s) * size)` of them.
+
+    `size` counts the entries of all scored leaves together (`scope="global"`) or of each leaf
+    (`scope="leaf"`, or a budget tree). With a pattern, units take the place of entries. Ties go to
+    earlier leaves and earlier positions, so the count is exact for any scores.
+
+    One jitted call, without host callbacks: a search for the threshold that reads the scores a few
+    times and exchanges only counts, so sharded scores stay where they are.
+
+    Args:
+      scores: tree of float arrays, one score per weight, larger = kept; a scalar leaf (`+inf`, by
+        convention) is not pruned and gets the mask `True`.
+      sparsity: fraction to remove, in [0, 1]: a number, a traced scalar, or a tree of such with the
+        structure of `scores` (see `jp.budgets`), which implies one count per leaf.
+      scope: `"global"` (one threshold for all leaves) or `"leaf"` (one per leaf).
+      pattern: `None`, `Block`, `Channel` or `NM`. With `NM(n, m)` the sparsity may be at most
+        `1 - n / m`: there, every group keeps exactly `n`; below, further entries stay by score.
+
+    Returns:
+      Tree of bool arrays with the structure of `scores`; True = keep.
+
+    Raises:
+      ValueError: a sparsity outside [0, 1] or unreachable by the pattern, a NaN score (unless
+        traced, where NaN counts as `-inf`), a pattern that does not fit a leaf, a budget tree of
+        another structure, or more than 2^31 - 1 entries under one threshold.
+      TypeError: a score that is no float array.
+
+    Example:
+      >>> scores = jp.scores.magnitude({"w": jnp.array([[3.0, -1.0], [0.5, 2.0]])})
+      >>> jp.masks.from_scores(scores, 0.5)
+      {'w': Array([[ True, False],
+             [False,  True]], dtype=bool)}
+    """
+    _checks.choice("scope", scope, ("global", "leaf"))
+    paths, leaves, treedef = _trees.flatten(scores)
+    chosen = [i for i, leaf in enumerate(leaves) if _trees.rank(leaf) > 0]
+    for i in chosen:
+        if not _trees.is_floating(leaves[i]):
+            raise TypeError(
+                f"scores: leaf {paths[i]!r} is {getattr(leaves[i], 'dtype', type(leaves[i]))}, "
+                "expected floats; a leaf that nobody prunes scores the scalar +inf"
+            )
+        if pattern is not None:
+            pattern.check(paths[i], np.shape(leaves[i]))
+    budget = _budget(sparsity, scores, paths, treedef, chosen)
+    by_leaf = scope == "leaf" or isinstance(budget, list)
+    spread = _may_be_spread(leaves)
+    arrays = [jnp.asarray(leaves[i]) for i in chosen]
+    _no_nan([paths[i] for i in chosen], arrays)
+    found = _masks(arrays, budget, by_leaf, pattern, spread)
+    masks: list[Any] = [jnp.array(True) for _ in leaves]
+    for i, mask in zip(chosen, found, strict=True):
+        masks[i] = mask
+    return treedef.unflatten(masks)
+
+
+def _budget(
+    sparsity: Any, scores: Scores, paths: list[str], treedef: Any, chosen: list[int]
+) -> Any:
+    """A scalar, or the list of the chosen leaves' fractions; checked."""
+    if isinstance(sparsity, (int, float, np.number, np.ndarray, jax.Array)):
+        _checks.fraction("sparsity", sparsity)
+        return sparsity
+    _checks.same_structure("sparsity", sparsity, "scores", scores)
+    fractions = treedef.flatten_up_to(sparsity)
+    for path, value in zip(paths, fractions, strict=True):
+        _checks.fraction(f"sparsity[{path!r}]", value)
+    return [fractions[i] for i in chosen]
+
+
+def _masks(
+    scores: list[jax.Array], budget: Any, by_leaf: bool, pattern: Any, spread: bool
+) -> Sequence[jax.Array]:
+    if not scores:
+        return []
+    if isinstance(pattern, NM):
+        cap = pattern.sparsity
+        budget = _capped(budget, cap)
+        groups = [_nm(pattern, score) for score in scores]
+        if _always(budget, cap):
+            return groups
+        # entries that the pattern keeps anyway come first, the others by score
+        scores = [jnp.where(group, jnp.inf, s) for group, s in zip(groups, scores, strict=True)]
+    shapes = [score.shape for score in scores]
+    units = pattern is not None and not isinstance(pattern, NM)
+    if units:
+        scores = [_pool(pattern, score) for score in scores]
+    keep = _keep([score.size for score in scores], budget, by_leaf)
+    masks = largest(scores, keep, by_leaf=by_leaf, spread=spread)
+    if units:
+        masks = [_expand(pattern, mask, shape) for mask, shape in zip(masks, shapes, strict=True)]
+    return masks
+
+
+@partial(jax.jit, static_argnums=0)
+def _nm(pattern: NM, scores: jax.Array) -> jax.Array:
+    return pattern.mask(scores)
+
+
+@partial(jax.jit, static_argnums=0)
+def _pool(pattern: Pattern, scores: jax.Array) -> jax.Array:
+    return pattern.pool(scores)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _expand(pattern: Pattern, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return pattern.expand(mask, shape)
+
+
+def _keep(sizes: list[int], budget: Any, by_leaf: bool) -> jax.Array:
+    """Entries to keep per segment."""
+    counted = sizes if by_leaf else [sum(sizes)]
+    if max(counted) > _LIMIT:
+        raise ValueError(
+            f"scores: {max(counted)} entries under one threshold, at most {_LIMIT} are supported; "
+            'use scope="leaf", or a pattern of blocks or channels'
+        )
+    fractions = budget if isinstance(budget, list) else [budget] * len(counted)
+    return jnp.stack(
+        [jnp.asarray(kept(s, n), jnp.int32) for s, n in zip(fractions, counted, strict=True)]
+    )
+
+
+def _capped(budget: Any, cap: float) -> Any:
+    """The budget, checked against the most that the pattern can remove; traced values are clipped."""
+    if isinstance(budget, list):
+        return [_capped(value, cap) for value in budget]
+    if _checks.is_traced(budget):
+        return jnp.minimum(budget, cap)
+    if float(budget) > cap + 1e-6:
+        raise ValueError(
+            f"sparsity: the N:M pattern removes at most {cap:g}, got {float(budget):g}; "
+            "choose a smaller n, or a smaller sparsity"
+        )
+    return min(float(budget), cap)
+
+
+def _always(budget: Any, cap: float) -> bool:
+    values = budget if isinstance(budget, list) else [budget]
+    return all(not _checks.is_traced(v) and abs(float(v) - cap) < 1e-6 for v in values)
+
+
+def _may_be_spread(leaves: Sequence[Any]) -> bool:
+    """Whether any leaf is, or being traced may be, spread over several devices."""
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    if any(_checks.is_traced(leaf) for leaf in arrays):
+        return jax.device_count() > 1
+    return any(len(leaf.sharding.device_set) > 1 for leaf in arrays)
+
+
+def _no_nan(paths: list[str], arrays: Sequence[jax.Array]) -> None:
+    if any(_checks.is_traced(array) for array in arrays):
+        return
+    flags = [_has_nan(array) for array in arrays]
+    bad = [path for path, flag in zip(paths, jax.device_get(flags), strict=True) if flag]
+    if bad:
+        raise ValueError(
+            f"scores: NaN in leaf {bad[0]!r}"
+            + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
+            + "; look for a diverged loss or a division by zero in the score"
+        )
+
+
+@jax.jit
+def _has_nan(x: jax.Array) -> jax.Array:
+    return jnp.isnan(jnp.max(x, initial=-jnp.inf))  # the maximum hands a NaN on

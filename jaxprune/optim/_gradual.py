@@ -1,0 +1,142 @@
+"""Masks that grow with training."""
+
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxprune import _checks, _trees
+from jaxprune._types import Masks, Params, Scores, ScheduleFn, ScoreFn, Where
+from jaxprune.masks import NM, Pattern, from_scores
+from jaxprune.optim._masked import masked_step, required
+
+
+class GradualState(NamedTuple):
+    """State of `gradual`.
+
+    Attributes:
+      count: int32 scalar, updates so far.
+      sparsity: float32 scalar, the sparsity of `masks`.
+      masks: tree of bools like the parameters, in the parameter's shape where pruned.
+      inner_state: state of the wrapped transform.
+    """
+
+    count: Int[Array, ""]
+    sparsity: Float[Array, ""]
+    masks: Masks
+    inner_state: optax.OptState
+
+
+def gradual(
+    inner: optax.GradientTransformation,
+    schedule: ScheduleFn,
+    *,
+    scores: ScoreFn = _trees.magnitudes,
+    scope: str = "global",
+    pattern: Pattern | NM | None = None,
+    where: Where = None,
+    every: int = 1,
+) -> optax.GradientTransformationExtraArgs:
+    """Prunes while training: at each change of the schedule the lowest-scoring weights become zero.
+
+    Weights that are zero stay zero. Between two changes the masks are only read: scoring and
+    selection run under `lax.cond`, in the same compiled step.
+
+    Args:
+      inner: any optax transform.
+      schedule: `step -> sparsity` in [0, 1], such as `jp.schedules.cubic`. The first update is step
+        0; values are clipped to [0, 1].
+      scores: `params -> scores` or `(params, grads) -> scores`; magnitude by default.
+      scope: `"global"` or `"leaf"`, see `jp.masks.from_scores`.
+      pattern: `None`, `Block`, `Channel` or `NM`.
+      where: which leaves are pruned; by default floating leaves with two axes or more.
+      every: look at the schedule only at every so many steps, at least 1.
+
+    Returns:
+      A transform whose state is a `GradualState`.
+
+    Raises:
+      ValueError: `every` below 1, an unknown scope, a `where` or pattern that does not fit the
+        parameters (from `init`), or `params` missing (from `update`).
+
+    Example:
+      >>> params = {"w": jnp.array([[1.0, -2.0], [3.0, 0.5]])}
+      >>> tx = jp.optim.gradual(optax.sgd(0.0), jp.schedules.linear(0.5, end=2))
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     updates, state = tx.update(params, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> params["w"].tolist()
+      [[0.0, -2.0], [3.0, 0.0]]
+
+    Reference: Zhu & Gupta, "To prune, or not to prune", 2017, https://arxiv.org/abs/1710.01878
+    """
+    _checks.choice("scope", scope, ("global", "leaf"))
+    _checks.positive_int("every", every)
+    if not callable(schedule):
+        raise TypeError(
+            f"schedule: expected a callable step -> sparsity, got {type(schedule).__name__}; "
+            "for a constant sparsity use jp.schedules.one_shot"
+        )
+    inner = optax.with_extra_args_support(inner)
+    needs_grads = _takes_gradients(scores)
+
+    def score(params: Params, grads: Params) -> Scores:
+        found = scores(params, grads) if needs_grads else scores(params)
+        if where is None and scores is not _trees.magnitudes:
+            return found
+        return _trees.restrict(found, params, where)
+
+    def rebuilt(params: Params, grads: Params, masks: Masks, target: Array) -> Masks:
+        found = jax.tree.map(
+            lambda s, m: s if jnp.ndim(s) == 0 else jnp.where(m, s, -jnp.inf),
+            score(params, grads),
+            masks,
+        )
+        new = from_scores(found, target, scope=scope, pattern=pattern)
+        return jax.tree.map(lambda m, old: jnp.broadcast_to(m, old.shape), new, masks)
+
+    def init(params: Params) -> GradualState:
+        shapes = jax.eval_shape(score, params, params)
+        paths, leaves, treedef = _trees.flatten(params)
+        for path, leaf, s in zip(paths, leaves, treedef.flatten_up_to(shapes), strict=True):
+            _checks.broadcasts("scores", path, s.shape, jnp.shape(leaf))
+            if pattern is not None and s.shape:
+                pattern.check(path, s.shape)
+        masks = jax.tree.map(lambda s: jnp.ones(s.shape, bool), shapes)
+        return GradualState(
+            jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), masks, inner.init(params)
+        )
+
+    def update(
+        grads: optax.Updates, state: GradualState, params: Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, GradualState]:
+        params = required(params, "gradual")
+        wanted = jnp.clip(jnp.asarray(schedule(state.count), jnp.float32), 0.0, 1.0)
+        due = (state.count % every == 0) & (wanted != state.sparsity)
+        masks = jax.lax.cond(
+            due, rebuilt, lambda p, g, masks, target: masks, params, grads, state.masks, wanted
+        )
+        sparsity = jnp.where(due, wanted, state.sparsity)
+        updates, inner_state = masked_step(inner, masks, grads, state.inner_state, params, extra)
+        count = optax.safe_increment(state.count)
+        return updates, GradualState(count, sparsity, masks, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _takes_gradients(scores: ScoreFn) -> bool:
+    """Whether a score function has a second positional parameter without default."""
+    try:
+        parameters = inspect.signature(scores).parameters.values()
+    except (TypeError, ValueError):  # a builtin or a C function: take it as `params -> scores`
+        return False
+    positional = [
+        p
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+    return len(positional) >= 2

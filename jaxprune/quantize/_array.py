@@ -1,0 +1,136 @@
+"""The quantized leaf."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int8
+
+from jaxprune import _checks
+from jaxprune.quantize._bits import pack, unpack
+from jaxprune.quantize._scale import from_levels, is_finite, scale_of, to_levels
+from jaxprune.quantize._spec import Spec, check_fits
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "scale", "zero_point"),
+    meta_fields=("spec", "length", "dtype"),
+)
+@dataclass(frozen=True)
+class QuantizedArray:
+    """An array in few bits: `(levels - zero_point) * scale`.
+
+    A pytree node that jits, checkpoints and shards like any array. Its static fields count axes from
+    the end, so `scan`, `vmap` and slices over leading axes keep it valid.
+
+    Attributes:
+      values: codes. int8 or float8 in the dense shape, or uint8 of shape `(..., ceil(n / 2))` (4
+        bits) or `(..., ceil(n / 4))` (2 bits), packed along the last axis.
+      scale: float, the dense shape with shared axes of size 1, groups counted on the group axis.
+      zero_point: int8 like `scale`, or `None` (symmetric).
+      spec: the format.
+      length: size of the dense last axis; -1 for a scalar.
+      dtype: dtype of the dense array.
+
+    Example:
+      >>> q = jp.quantize_tree({"w": jnp.array([[1.0, -0.5], [0.25, 2.0]])}, bits=8)["w"]
+      >>> q.shape, q.values.dtype, q.nbytes
+      ((2, 2), dtype('int8'), 12)
+      >>> bool(jnp.allclose(q.materialize(), jnp.array([[1.0, -0.5], [0.25, 2.0]]), atol=0.01))
+      True
+    """
+
+    values: Array
+    scale: Float[Array, "..."]
+    zero_point: Int8[Array, "..."] | None
+    spec: Spec
+    length: int
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense array."""
+        if self.length < 0:
+            return self.values.shape[:-1] if self.spec.width < 8 else self.values.shape
+        return (*self.values.shape[:-1], self.length)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the dense array."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the dense array."""
+        return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
+        return sum(
+            int(np.prod(x.shape)) * x.dtype.itemsize
+            for x in (self.values, self.scale, self.zero_point)
+            if x is not None
+        )
+
+    def levels(self) -> Array:
+        """The codes, unpacked: int8 (nf4: indices 0 to 15) or float8, in the dense shape."""
+        if self.spec.width == 8:
+            return self.values
+        signed = self.spec.format != "nf4"
+        out = unpack(self.values, self.spec.width, abs(self.length), signed=signed)
+        return out if self.length >= 0 else out[..., 0]
+
+    def materialize(self) -> Float[Array, "..."]:
+        """The dense array, of `shape` and `dtype`."""
+        return from_levels(self.levels(), self.scale, self.zero_point, self.spec, self.dtype)
+
+    def __getitem__(self, index: int | slice) -> "QuantizedArray":
+        """Entries along the leading axis, still quantized; the last axis cannot be indexed so."""
+        if self.ndim < 2 or not isinstance(index, (int, slice, np.integer)):
+            raise TypeError(
+                f"index: expected an int or a slice along the first of at least two axes, got "
+                f"{index!r} for shape {self.shape}; use materialize()[...] for anything else"
+            )
+        n, group = self.shape[0], self.scale.shape[0]
+        if self.ndim == 2 and group not in (1, n):
+            raise TypeError("index: groups lie along the first axis; use materialize()[...]")
+        cut = lambda x: x if x is None or x.shape[0] == 1 != n else x[index]
+        scale, zero = cut(self.scale), cut(self.zero_point)
+        if isinstance(index, (int, np.integer)) and group == 1 != n:
+            scale, zero = scale[0], None if zero is None else zero[0]
+        return QuantizedArray(self.values[index], scale, zero, self.spec, self.length, self.dtype)
+
+
+def quantize(path: str, x: Float[Array, "..."], spec: Spec) -> tuple[QuantizedArray, Array]:
+    """One leaf quantized, and whether all of it is finite. Inverse, up to rounding: `materialize`."""
+    check_fits(spec, path, jnp.shape(x))
+    values, scale, zero, finite = _quantize(jnp.asarray(x), spec)
+    length = x.shape[-1] if x.ndim else -1
+    return QuantizedArray(values, scale, zero, spec, length, np.dtype(x.dtype)), finite
+
+
+@partial(jax.jit, static_argnums=1)
+def _quantize(x: Array, spec: Spec) -> tuple[Array, Array, Array | None, Array]:
+    scale, zero = scale_of(x, spec)
+    levels = to_levels(x, scale, zero, spec)
+    if spec.width < 8:
+        levels = pack(levels.reshape(x.shape or (1,)), spec.width)
+    return levels, scale, None if zero is None else zero.astype(jnp.int8), is_finite(scale)
+
+
+def refuse_non_finite(paths: list[str], flags: list[Array]) -> None:
+    """Raises `ValueError` naming the leaves with a NaN or an infinity; traced flags pass."""
+    if any(_checks.is_traced(flag) for flag in flags):
+        return
+    bad = [path for path, ok in zip(paths, jax.device_get(flags), strict=True) if not ok]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ValueError(
+            f"params: leaf {bad[0]!r}{more} holds NaN or infinity and cannot be quantized; "
+            "look for a diverged training step, or leave it out with where= or rules="
+        )

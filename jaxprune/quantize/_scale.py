@@ -1,0 +1,121 @@
+"""Scales and zero points, and rounding with them: array maths, no trees.
+
+With groups, the group axis of extent `n` has `n / group_size` scales; `spread` repeats them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxprune.quantize._spec import (
+    FP8_MAX,
+    NF4_BOUNDS,
+    NF4_LEVELS,
+    Spec,
+    group_axis,
+    integer_range,
+    reduced_axes,
+)
+
+Scale = Float[Array, "..."]
+
+
+def working_dtype(x: Array) -> jnp.dtype:
+    """float32, or float64 for float64 data."""
+    return jnp.promote_types(jnp.float32, x.dtype)
+
+
+def scale_of(x: Float[Array, "..."], spec: Spec) -> tuple[Scale, Scale | None]:
+    """Scale, and zero point in integer units (symmetric: `None`), from the range of `x`.
+
+    A group, channel or tensor of zeros gets the scale 1, an empty one too. A NaN or infinity in `x`
+    shows in its scale.
+    """
+    x = x.astype(working_dtype(x))
+    if spec.symmetric:
+        top = _reduce(jnp.max, jnp.abs(x), spec)
+        return _usable(top / _top_level(spec)), None
+    low = jnp.minimum(_reduce(jnp.min, x, spec), 0.0)
+    high = jnp.maximum(_reduce(jnp.max, x, spec), 0.0)
+    least, most = integer_range(spec)
+    # high - low might overflow; halving is exact, so a fused multiply-subtract changes no bit
+    scale = _usable((0.5 * high - 0.5 * low) / (0.5 * (most - least)))
+    return scale, jnp.round(least - low / scale)
+
+
+def _top_level(spec: Spec) -> float:
+    if spec.format == "nf4":
+        return 1.0
+    return FP8_MAX if spec.format == "float8_e4m3fn" else float(integer_range(spec)[1])
+
+
+def _usable(scale: Scale) -> Scale:
+    tiny = jnp.finfo(scale.dtype).tiny
+    return jnp.where(scale == 0, 1.0, jnp.where(scale < tiny, tiny, scale))
+
+
+def _reduce(op: object, x: Float[Array, "..."], spec: Spec) -> Scale:
+    axes = reduced_axes(spec, x.ndim)
+    if spec.group_size is not None:
+        axis = group_axis(x.ndim) % x.ndim
+        x = x.reshape(*x.shape[:axis], -1, spec.group_size, *x.shape[axis + 1 :])
+        return op(x, axis=axis + 1, initial=0.0)  # type: ignore[operator]
+    found = op(x, axis=axes, keepdims=True, initial=0.0)  # type: ignore[operator]
+    if x.ndim >= 3 and found.shape[0] != x.shape[0]:
+        # one row of scales per entry of the leading axis, so that `scan` and `vmap` may map over it
+        found = jnp.broadcast_to(found, (x.shape[0], *found.shape[1:]))
+    return found
+
+
+def spread(scale: Scale, shape: tuple[int, ...]) -> Scale:
+    """Scales that broadcast against `shape`: groups repeated over their entries."""
+    if not shape:
+        return scale
+    axis = group_axis(len(shape))
+    n, count = shape[axis], scale.shape[axis]
+    return scale if count in (1, n) else jnp.repeat(scale, n // count, axis=axis)
+
+
+def to_levels(x: Float[Array, "..."], scale: Scale, zero: Scale | None, spec: Spec) -> Array:
+    """The codes of `x`: int8 (nf4: level indices), or float8. Inverse, up to rounding: `from_levels`."""
+    ratio = x.astype(working_dtype(x)) / spread(scale, x.shape)
+    if spec.format == "float8_e4m3fn":
+        return jnp.clip(ratio, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
+    if spec.format == "nf4":
+        # a tie between two levels goes to the lower one
+        return sum((ratio > bound).astype(jnp.int8) for bound in NF4_BOUNDS)
+    if zero is not None:
+        ratio = ratio + spread(zero, x.shape)
+    return jnp.clip(jnp.round(ratio), *integer_range(spec)).astype(jnp.int8)
+
+
+def from_levels(
+    levels: Array, scale: Scale, zero: Scale | None, spec: Spec, dtype: jnp.dtype
+) -> Float[Array, "..."]:
+    """The values that codes stand for, of `dtype`. Inverse, up to rounding: `to_levels`."""
+    if spec.format == "nf4":
+        values = jnp.asarray(NF4_LEVELS)[levels]
+    else:
+        values = levels.astype(scale.dtype)
+    if zero is not None:
+        values = values - spread(zero.astype(scale.dtype), levels.shape)
+    return (values * spread(scale, levels.shape)).astype(dtype)
+
+
+def clip_range(
+    scale: Scale, zero: Scale | None, spec: Spec, shape: tuple[int, ...]
+) -> tuple[Scale, Scale]:
+    """The least and largest representable value, broadcastable against `shape`."""
+    if spec.format in ("nf4", "float8_e4m3fn"):
+        least, most = -_top_level(spec), _top_level(spec)
+    else:
+        least, most = integer_range(spec)
+    offset = 0.0 if zero is None else spread(zero, shape)
+    full = spread(scale, shape)
+    return (least - offset) * full, (most - offset) * full
+
+
+def is_finite(scale: Scale) -> jax.Array:
+    """Whether no scale saw a NaN or an infinity."""
+    return jnp.all(jnp.isfinite(scale)) if np.prod(scale.shape) else jnp.array(True)

@@ -1,0 +1,139 @@
+"""Whole trees to quantized leaves and back."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxprune import _trees
+from jaxprune._types import Params, PyTree, Where, is_compressed
+from jaxprune.quantize._array import QuantizedArray, quantize, refuse_non_finite
+from jaxprune.quantize._spec import Spec, check_fits
+
+Rules = Sequence[tuple[str, Spec | int | None]]
+
+
+def quantize_tree(
+    params: Params,
+    bits: int = 8,
+    *,
+    symmetric: bool = True,
+    group_size: int | None = None,
+    dtype: Any = None,
+    granularity: str = "channel",
+    rules: Rules | None = None,
+    where: Where = None,
+) -> PyTree:
+    """Replaces weights by `QuantizedArray` leaves; what is not selected stays as it is.
+
+    Works leaf by leaf: beyond input and output, at most one leaf is held in memory.
+
+    Args:
+      params: any tree of arrays.
+      bits: 8, 4 or 2. Four- and two-bit codes are packed, on every backend.
+      symmetric: no zero point, see `jp.quantize.Spec`.
+      group_size: entries per scale along the contracted axis; `None` for one scale per channel.
+      dtype: `"float8_e4m3fn"`, `"nf4"` or an integer format's name, instead of `bits`.
+      granularity: `"channel"` or `"tensor"`.
+      rules: `[(regex, spec), …]`; the first regex that matches a path in full decides: a `Spec`, a
+        number of bits, or `None` to leave the leaf dense. A path without a match is treated as the
+        other arguments say. Matching leaves are quantized whether or not `where` selects them.
+      where: which leaves are quantized; by default floating leaves with two axes or more.
+
+    Returns:
+      The tree with `QuantizedArray` leaves.
+
+    Raises:
+      ValueError: an unsupported format, a group size that does not divide a leaf, NaN or infinity
+        (unless traced), a pattern that matches nothing.
+      UserWarning: (a warning) a rule that decided no leaf.
+
+    Example:
+      >>> tree = jp.quantize_tree({"w": jnp.ones((64, 64)), "b": jnp.ones(64)}, bits=4)
+      >>> tree["w"].nbytes, tree["b"].nbytes
+      (2304, 256)
+    """
+    base = Spec(
+        bits=bits, symmetric=symmetric, group_size=group_size, dtype=dtype, granularity=granularity
+    )
+    specs = specs_for(params, base, rules, where)
+    paths, leaves, treedef = _trees.flatten(params)
+    for path, leaf, spec in zip(paths, leaves, specs, strict=True):
+        if spec is not None:
+            check_fits(spec, path, leaf.shape)
+    out, names, flags = list(leaves), [], []
+    for i, (path, leaf, spec) in enumerate(zip(paths, leaves, specs, strict=True)):
+        if spec is not None:
+            out[i], finite = quantize(path, _trees.dense(leaf), spec)
+            names.append(path)
+            flags.append(finite)
+    refuse_non_finite(names, flags)
+    return treedef.unflatten(out)
+
+
+def specs_for(
+    params: Params, base: Spec, rules: Rules | None, where: Where
+) -> list[Spec | None]:
+    """The spec of each leaf, in flatten order; `None` where it stays dense."""
+    paths, leaves, _ = _trees.flatten(params)
+    chosen = _trees.select(params, where)
+    specs: list[Spec | None] = [base if hit else None for hit in chosen]
+    patterns = []
+    for number, rule in enumerate(rules or ()):
+        if not isinstance(rule, tuple) or len(rule) != 2 or not isinstance(rule[0], str):
+            raise TypeError(
+                f"rules[{number}]: expected (regex, Spec | bits | None), got {rule!r}"
+            )
+        patterns.append((_trees.compile_pattern(rule[0], parameter="rules"), _as_spec(number, rule[1])))
+    used = [False] * len(patterns)
+    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        hits = [k for k, (pattern, _) in enumerate(patterns) if pattern.fullmatch(path)]
+        if hits and _trees.is_floating(leaf):
+            used[hits[0]] = True
+            specs[i] = patterns[hits[0]][1]
+    floating = [path for path, leaf in zip(paths, leaves, strict=True) if _trees.is_floating(leaf)]
+    for (pattern, _), hit in zip(patterns, used, strict=True):
+        if not hit:
+            shadowed = any(pattern.fullmatch(path) for path in floating)
+            text = (
+                f"rules: {pattern.pattern!r} decided nothing: earlier rules match the same leaves"
+                if shadowed
+                else _trees.no_match(pattern.pattern, floating, parameter="rules")
+            )
+            warnings.warn(text, stacklevel=3)
+    return specs
+
+
+def _as_spec(number: int, spec: Any) -> Spec | None:
+    if spec is None or isinstance(spec, Spec):
+        return spec
+    if isinstance(spec, int):
+        return Spec(bits=spec)
+    raise TypeError(f"rules[{number}]: expected a Spec, a number of bits or None, got {spec!r}")
+
+
+def dequantize_tree(tree: PyTree) -> Params:
+    """Dense arrays from quantized leaves; other leaves stay. Inverse of `quantize_tree`, up to rounding.
+
+    Args:
+      tree: any tree with `QuantizedArray` leaves.
+
+    Returns:
+      The same tree with dense leaves of the original shapes and dtypes.
+
+    Example:
+      >>> tree = jp.quantize_tree({"w": jnp.array([[1.0, 2.0], [-1.0, 0.0]])})
+      >>> jp.dequantize_tree(tree)["w"].tolist()
+      [[1.0, 2.0], [-1.0, 0.0]]
+    """
+    return jax.tree.map(
+        lambda x: _materialize(x) if isinstance(x, QuantizedArray) else x,
+        tree,
+        is_leaf=is_compressed,
+    )
+
+
+@jax.jit
+def _materialize(x: QuantizedArray) -> jax.Array:
+    return x.materialize()

@@ -1,0 +1,70 @@
+"""Pictures; matplotlib is loaded only here, and only when a picture is drawn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxprune import _checks
+
+
+def plot_accuracy(
+    path: str | Path,
+    names: Sequence[str],
+    nbytes: Sequence[float],
+    accuracy: Sequence[float],
+    *,
+    title: str = "Accuracy against size",
+) -> Path:
+    """Draws accuracy over bytes, one labelled point per model, to a PNG, PDF or SVG file.
+
+    Args:
+      path: the file; its suffix chooses the format.
+      names: label of each point.
+      nbytes: bytes of each model, above 0; the axis is logarithmic.
+      accuracy: fraction correct of each model, in [0, 1].
+      title: title of the picture.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: lists of different length.
+      ImportError: matplotlib is missing.
+
+    Example:
+      >>> from jaxprune.reports import plot_accuracy
+      >>> import tempfile
+      >>> file = tempfile.mkdtemp() + "/plot.png"
+      >>> plot_accuracy(file, ["dense", "int8"], [4e6, 1e6], [0.98, 0.979]).name
+      'plot.png'
+    """
+    if not len(names) == len(nbytes) == len(accuracy):
+        raise ValueError(
+            f"names, nbytes, accuracy: expected the same length, got {len(names)}, {len(nbytes)} "
+            f"and {len(accuracy)}"
+        )
+    for value in nbytes:
+        _checks.positive("nbytes", value)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('matplotlib is missing: pip install "jaxprune[plots]"') from error
+    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    size, percent = np.asarray(nbytes) / 1000, 100 * np.asarray(accuracy)
+    axes.plot(size, percent, color="0.75", zorder=1)
+    for x, y, name in zip(size, percent, names, strict=True):
+        axes.scatter(x, y, s=60, zorder=2)
+        axes.annotate(f"{name}\n{y:.1f} %", (x, y), xytext=(0, 9), textcoords="offset points", ha="center")
+    axes.set_xscale("log")
+    axes.set_xlabel("size on disk in kB (logarithmic)")
+    axes.set_ylabel("test accuracy in %")
+    axes.set_title(title)
+    axes.margins(x=0.15)
+    low, high = percent.min(), percent.max()
+    axes.set_ylim(low - max(1.0, high - low), high + max(1.0, high - low))
+    axes.grid(alpha=0.3, which="both")
+    path = Path(path)
+    figure.savefig(path)
+    return path

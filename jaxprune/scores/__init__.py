@@ -1,0 +1,15 @@
+"""Scores: how much each weight matters, larger = more worth keeping.
+
+A score is a plain function from parameters (and gradients) to a tree like the parameters; a leaf that
+nobody prunes scores the scalar `+inf`. Your own needs no registration:
+
+    def signed(params):
+        return jax.tree.map(lambda w: w if w.ndim > 1 else jnp.inf, params)
+
+    masks = jp.masks.from_scores(signed(params), 0.5)
+"""
+
+from jaxprune.scores._gradients import fisher, movement, taylor
+from jaxprune.scores._weights import lamp, magnitude, random
+
+__all__ = ["fisher", "lamp", "magnitude", "movement", "random", "taylor"]
