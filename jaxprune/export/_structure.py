@@ -77,7 +77,8 @@ def _encode(node: Any, path: str, arrays: list[Any]) -> dict[str, Any]:
             kind = "state"
         elif type(node) is not dict:
             raise TypeError(_unknown(node, path))
-        items = [[key, below(key, child)] for key, child in node.items()]
+        inner = node.raw_mapping if kind == "state" else node  # its own items are wrapped again
+        items = [[key, below(key, child)] for key, child in inner.items()]
         for key, _ in items:
             if not isinstance(key, (str, int)):
                 raise TypeError(f"tree: key {key!r} under {path!r} is neither a string nor an integer")
