@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxprune._trees import flatten
 from jaxprune._types import PyTree, is_compressed
@@ -15,7 +16,7 @@ from jaxprune._types import PyTree, is_compressed
 
 def is_traced(x: Any) -> bool:
     """Whether `x` has no concrete value yet."""
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, Tracer)
 
 
 def fraction(name: str, value: Any) -> None:

@@ -52,7 +52,7 @@ def erk(params: Params, sparsity: float, *, where: Where = None) -> PyTree:
     Example:
       >>> params = {"big": jnp.ones((100, 100)), "small": jnp.ones((10, 10))}
       >>> {k: round(s, 3) for k, s in jp.budgets.erk(params, 0.9).items()}
-      {'big': 0.909, 'small': 0.0}
+      {'big': 0.908, 'small': 0.082}
 
     Reference: Evci et al., "Rigging the Lottery", 2020, https://arxiv.org/abs/1911.11134
     """

@@ -53,7 +53,8 @@ def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> Train
 @jax.jit
 def accuracy(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
     """Fraction of images whose largest logit is the label's."""
-    return jnp.mean(jnp.argmax(CNN().apply({"params": params}, images), -1) == labels)
+    logits: Any = CNN().apply({"params": params}, images)
+    return jnp.mean(jnp.argmax(logits, -1) == labels)
 
 
 def batches(

@@ -57,7 +57,8 @@ def save(path: str | Path, tree: PyTree, *, overwrite: bool = False) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        stored = {str(i): _stored(array) for i, array in enumerate(arrays)}
+        # Orbax refuses empty arrays, and their shape says all about them
+        stored = {str(i): _stored(array) for i, array in enumerate(arrays) if np.size(array)}
         if stored:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(work / "arrays", stored)
@@ -144,28 +145,30 @@ def load(path: str | Path) -> PyTree:
     for name, (size, checksum) in manifest["files"].items():
         file = path / name
         if not file.is_file():
-            raise ValueError(f"path: {path} is incomplete: {name} is missing; copy or save it again")
+            raise ValueError(
+                f"path: {path} is incomplete: {name} is missing; copy or save it again"
+            )
         if file.stat().st_size != size or _fingerprint(file)[1] != checksum:
             raise ValueError(
                 f"path: {path} is damaged: {name} has {file.stat().st_size} bytes of {size}, or "
                 "other content; copy or save it again"
             )
-    arrays: list[Any] = []
-    if manifest["arrays"]:
-        arrays = _read(path / "arrays", manifest["arrays"])
-    return decode(manifest["tree"], arrays)
+    return decode(manifest["tree"], _read(path / "arrays", manifest["arrays"]))
 
 
 def _read(folder: Path, entries: list[dict[str, Any]]) -> list[jax.Array]:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        names = [str(i) for i in range(len(entries))]
+    names = [str(i) for i, entry in enumerate(entries) if np.prod(entry["shape"])]
+    stored = {}
+    if names:
         arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-        stored = checkpointer.restore(
-            folder, ocp.args.PyTreeRestore(item=dict.fromkeys(names, 0), restore_args=arguments)
-        )
+        request = ocp.args.PyTreeRestore(item=dict.fromkeys(names, 0), restore_args=arguments)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            stored = checkpointer.restore(folder, request)
     return [
-        _restored(np.asarray(stored[name]), entry["dtype"], tuple(entry["shape"]))
-        for name, entry in zip(names, entries, strict=True)
+        _restored(np.asarray(stored[str(i)]), entry["dtype"], tuple(entry["shape"]))
+        if str(i) in stored
+        else jnp.zeros(entry["shape"], entry["dtype"])
+        for i, entry in enumerate(entries)
     ]
 
 

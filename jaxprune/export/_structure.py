@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxprune._types import PyTree
-from jaxprune.masks import PackedMask
+from jaxprune.masks import PackedMask, PackedTree
 from jaxprune.quantize import QuantizedArray, Spec
 
 _TRUSTED = ("chex", "flax", "jax", "jaxprune", "optax")  # packages that loading may import
@@ -58,6 +58,8 @@ def _encode(node: Any, path: str, arrays: list[Any]) -> dict[str, Any]:
             fields = [f.name for f in dataclasses.fields(node) if f.name not in meta]
             children = {f: below(f, getattr(node, f)) for f in fields}
             return {"kind": "compressed", "type": name, "meta": meta, "children": children}
+    if isinstance(node, PackedTree):
+        return {"kind": "packed", "tree": below("masks", node.treedef.unflatten(node.leaves))}
     if node is None:
         return {"kind": "none"}
     if isinstance(node, (bool, int, float, str)):
@@ -81,7 +83,9 @@ def _encode(node: Any, path: str, arrays: list[Any]) -> dict[str, Any]:
         items = [[key, below(key, child)] for key, child in inner.items()]
         for key, _ in items:
             if not isinstance(key, (str, int)):
-                raise TypeError(f"tree: key {key!r} under {path!r} is neither a string nor an integer")
+                raise TypeError(
+                    f"tree: key {key!r} under {path!r} is neither a string nor an integer"
+                )
         return {"kind": kind, "items": items}
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         cls = type(node)
@@ -141,6 +145,8 @@ def decode(structure: dict[str, Any], arrays: list[Any]) -> PyTree:
         if cls is None:
             raise ValueError(f"checkpoint: unknown nnx variable type {structure['type']!r}")
         return cls(back(structure["value"]))
+    if kind == "packed":
+        return PackedTree.of(back(structure["tree"]))
     children = {name: back(child) for name, child in structure.get("children", {}).items()}
     if kind == "named":
         return _named_class(*structure["type"])(**children)

@@ -2,6 +2,7 @@
 
 from jaxprune.masks._apply import (
     PackedMask,
+    PackedTree,
     apply_masks,
     masked,
     pack_masks,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, UInt8
 
 from jaxprune import _checks, _trees
-from jaxprune._types import Masks, MaskFn, Params, PyTree, Where, is_compressed
+from jaxprune._types import MaskFn, Masks, Params, PyTree, Where, is_compressed
 
 
 def apply_masks(params: Params, masks: Masks) -> Params:
@@ -61,6 +61,7 @@ def sparsity(tree: Params | Masks, *, where: Where = None) -> float | jax.Array:
       >>> jp.sparsity({"w": jnp.array([True, False]), "b": jnp.array(True)})
       0.5
     """
+    tree = unpack_masks(tree)
     _, leaves, _ = _trees.flatten(tree)
     bools = [leaf for leaf in leaves if getattr(leaf, "dtype", None) == np.bool_]
     if bools and where is None:
@@ -77,9 +78,7 @@ def sparsity(tree: Params | Masks, *, where: Where = None) -> float | jax.Array:
     return sum(int(n) for n in jax.device_get(zeros)) / size
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=("bits",), meta_fields=("length",)
-)
+@partial(jax.tree_util.register_dataclass, data_fields=("bits",), meta_fields=("length",))
 @dataclass(frozen=True)
 class PackedMask:
     """A mask of one bit per entry, packed along the last axis; see `jp.pack_masks`.
@@ -109,9 +108,38 @@ class PackedMask:
 
     def materialize(self) -> Bool[Array, "..."]:
         """The mask, one byte per entry."""
+        if not self.bits.size:
+            return jnp.zeros(self.shape, bool)
         bits = jnp.unpackbits(self.bits, axis=-1, bitorder="little")
         mask = bits[..., : abs(self.length)].astype(bool)
         return mask if self.length >= 0 else mask[..., 0]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("leaves",), meta_fields=("treedef",))
+@dataclass(frozen=True)
+class PackedTree:
+    """A tree of packed masks as one flat node, as optimizer states hold it.
+
+    Containers that keep each leaf of a tree in a box of their own (`nnx.State` keeps variables) take
+    no compound leaves; this node is outside of them.
+
+    Attributes:
+      leaves: the `PackedMask` leaves, in flatten order.
+      treedef: structure of the tree of masks.
+    """
+
+    leaves: tuple[PackedMask, ...]
+    treedef: Any
+
+    @classmethod
+    def of(cls, masks: Masks) -> "PackedTree":
+        """Packs a tree of bools. Inverse of `unpack`."""
+        _, leaves, treedef = _trees.flatten(pack_masks(masks))
+        return cls(tuple(leaves), treedef)
+
+    def unpack(self) -> Masks:
+        """The tree of bools. Inverse of `of`."""
+        return self.treedef.unflatten(leaf.materialize() for leaf in self.leaves)
 
 
 def pack_masks(masks: Masks) -> PyTree:
@@ -162,7 +190,10 @@ def _pack(path: str, mask: Any) -> PackedMask:
     if mask.dtype != jnp.bool_:
         raise TypeError(f"masks: leaf {path!r} has dtype {mask.dtype}, expected bool")
     length = mask.shape[-1] if mask.ndim else -1
-    return PackedMask(jnp.packbits(mask.reshape(mask.shape or (1,)), axis=-1, bitorder="little"), length)
+    if not mask.size:  # `packbits` takes no empty arrays
+        return PackedMask(jnp.zeros((*mask.shape[:-1], -(-length // 8)), jnp.uint8), length)
+    bits = jnp.packbits(mask.reshape(mask.shape or (1,)), axis=-1, bitorder="little")
+    return PackedMask(bits, length)
 
 
 def resolve(masks: Masks | MaskFn, params: Params) -> Masks:

@@ -175,9 +175,9 @@ def _may_be_spread(leaves: Sequence[Any]) -> bool:
 
 
 def _no_nan(paths: list[str], arrays: Sequence[jax.Array]) -> None:
-    if any(_checks.is_traced(array) for array in arrays):
-        return
     flags = [_has_nan(array) for array in arrays]
+    if any(_checks.is_traced(flag) for flag in flags):
+        return
     bad = [path for path, flag in zip(paths, jax.device_get(flags), strict=True) if flag]
     if bad:
         raise ValueError(

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxprune import _checks
+
 
 def floating_dtype(leaves: list[Array]) -> jnp.dtype:
     """The dtype that scores are compared in: float32, or float64 where any leaf is."""
@@ -20,7 +22,7 @@ def floating_dtype(leaves: list[Array]) -> jnp.dtype:
 def key_range(dtype: jnp.dtype) -> tuple[np.ndarray, np.ndarray]:
     """The keys just below `-inf` and of `+inf`, as NumPy integers as wide as `dtype`."""
     top = np.asarray(np.inf, dtype).view(_integer(dtype))
-    return -top - 1, top
+    return np.asarray(-top - 1), top
 
 
 def from_key(keys: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -48,7 +50,7 @@ def kept(sparsity: float | Array, size: int) -> Int[Array, ""] | int:
     Returns:
       A Python int for a concrete sparsity, an int32 scalar for a traced one.
     """
-    if not isinstance(sparsity, jax.core.Tracer):
+    if not _checks.is_traced(sparsity):
         return round((1 - float(np.asarray(sparsity))) * size)
     density = jnp.clip(1.0 - sparsity.astype(jnp.float32), 0.0, 1.0)
     units = jnp.round(density * 2.0**24).astype(jnp.uint32)  # in [0, 2^24]

@@ -6,7 +6,7 @@ broadcasts against the leaf. `NM` has no units: it constrains which entries may 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from jaxprune import _checks
 
 
+@runtime_checkable
 class Pattern(Protocol):
     """Anything that groups the entries of a leaf into units."""
 

@@ -114,14 +114,16 @@ def _guess(
 ) -> Int[Array, "segment probe"]:
     """First probes: quantiles of a strided sample, five standard deviations about `keep`."""
     sample, owner = _sample(leaves)
-    sampled = np.array([_sampled(size) for size in sizes])
+    sampled = np.array([_sampled(leaf.size) for leaf in leaves])
     drawn = np.bincount(segment, sampled).astype(np.float32)
     share = keep.astype(jnp.float32) / np.bincount(segment, sizes).astype(np.float32)
     margin = 5.0 * jnp.sqrt(drawn * share * (1.0 - share)) + 2.0
     start = _everything(sampled, segment, dtype)
 
     def count(probes: Int[Array, "leaf probe"]) -> Int[Array, "leaf probe"]:
-        blocks = _count_blocks(sample, jnp.zeros((), jnp.int32), probes[owner], _above_score, ())
+        blocks = _count_blocks(
+            sample, jnp.zeros(sample.shape, jnp.int32), probes[owner], _above_score, ()
+        )
         return jax.ops.segment_sum(blocks, owner, len(leaves))
 
     def quantile(rank: Array) -> Array:

@@ -9,9 +9,9 @@ import optax
 
 from jaxprune import _checks
 from jaxprune._types import Masks
-from jaxprune.masks import PackedMask, pack_masks, unpack_masks
+from jaxprune.masks import PackedTree
 from jaxprune.optim._gradual import GradualState
-from jaxprune.optim._masked import MaskedState
+from jaxprune.optim._masked import MaskedState, held_masks
 
 _HOLDERS = (MaskedState, GradualState)
 
@@ -35,7 +35,7 @@ def get_masks(opt_state: optax.OptState) -> Masks:
       >>> jp.optim.get_masks(tx.init({"w": jnp.ones(2)}))
       {'w': Array([ True, False], dtype=bool)}
     """
-    return unpack_masks(_only(opt_state).masks)
+    return held_masks(_only(opt_state))
 
 
 def replace_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
@@ -62,16 +62,14 @@ def replace_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
       {'w': Array([False,  True], dtype=bool)}
     """
     holder = _only(opt_state)
-    old = unpack_masks(holder.masks)
+    old = held_masks(holder)
     _checks.same_structure("masks", masks, "the masks in opt_state", old)
     full = jax.tree.map(
         lambda o, m: jax.ShapeDtypeStruct(_joint(o.shape, jnp.shape(m)), bool), old, masks
     )
     _checks.masks_fit(masks, full)
     new = jax.tree.map(lambda f, m: jnp.array(jnp.broadcast_to(m, f.shape)), full, masks)
-    leaves = jax.tree.leaves(holder.masks, is_leaf=lambda x: isinstance(x, PackedMask))
-    if any(isinstance(leaf, PackedMask) for leaf in leaves):
-        new = pack_masks(new)
+    new = PackedTree.of(new) if isinstance(holder.masks, PackedTree) else new
     return jax.tree.map(
         lambda node: node._replace(masks=new) if isinstance(node, _HOLDERS) else node,
         opt_state,

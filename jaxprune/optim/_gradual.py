@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxprune import _checks, _trees
-from jaxprune._types import Masks, Params, Scores, ScheduleFn, ScoreFn, Where
+from jaxprune._types import Masks, Params, ScheduleFn, ScoreFn, Scores, Where
 from jaxprune.masks import NM, Pattern, from_scores
 from jaxprune.optim._masked import masked_step, required
 
@@ -106,26 +106,33 @@ def gradual(
             _checks.broadcasts("scores", path, s.shape, jnp.shape(leaf))
             if pattern is not None and s.shape:
                 pattern.check(path, s.shape)
-        masks = jax.tree.map(lambda s: jnp.ones(s.shape, bool), shapes)
+        masks = _trees.map_with_path(_all_true, params, shapes)
         return GradualState(
             jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), masks, inner.init(params)
         )
 
     def update(
-        grads: optax.Updates, state: GradualState, params: Params | None = None, **extra: Any
+        updates: optax.Updates, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, GradualState]:
         params = required(params, "gradual")
         wanted = jnp.clip(jnp.asarray(schedule(state.count), jnp.float32), 0.0, 1.0)
         due = (state.count % every == 0) & (wanted != state.sparsity)
         masks = jax.lax.cond(
-            due, rebuilt, lambda p, g, masks, target: masks, params, grads, state.masks, wanted
+            due, rebuilt, lambda p, g, masks, target: masks, params, updates, state.masks, wanted
         )
         sparsity = jnp.where(due, wanted, state.sparsity)
-        updates, inner_state = masked_step(inner, masks, grads, state.inner_state, params, extra)
-        count = optax.safe_increment(state.count)
-        return updates, GradualState(count, sparsity, masks, inner_state)
+        new, inner_state = masked_step(inner, masks, updates, state.inner_state, params, extra)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return new, GradualState(count, sparsity, masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _all_true(_: str, param: Any, score: jax.ShapeDtypeStruct) -> Array:
+    if score.shape != jnp.shape(param):
+        return jnp.ones(score.shape, bool)
+    dense = _trees.dense(param)
+    return (dense == dense) | True  # from the parameter, so that it is sharded like it
 
 
 def _takes_gradients(scores: ScoreFn) -> bool:

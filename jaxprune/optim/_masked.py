@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import _trees
-from jaxprune._types import Masks, MaskFn, Params
-from jaxprune.masks import masked, pack_masks, resolve, unpack_masks
+from jaxprune._types import MaskFn, Masks, Params
+from jaxprune.masks import PackedTree, masked, resolve
 
 
 class MaskedState(NamedTuple):
     """State of `masked_update`.
 
     Attributes:
-      masks: tree of bools like the parameters, or of `PackedMask`.
+      masks: tree of bools like the parameters, or a `PackedTree` of them.
       inner_state: state of the wrapped transform.
     """
 
@@ -57,17 +57,22 @@ def masked_update(
 
     def init(params: Params) -> MaskedState:
         tree = jax.tree.map(lambda m: jnp.array(m, copy=True), resolve(masks, params))
-        return MaskedState(pack_masks(tree) if packed else tree, inner.init(params))
+        return MaskedState(PackedTree.of(tree) if packed else tree, inner.init(params))
 
     def update(
-        grads: optax.Updates, state: MaskedState, params: Params | None = None, **extra: Any
+        updates: optax.Updates, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, MaskedState]:
         params = required(params, "masked_update")
-        tree = unpack_masks(state.masks)
-        updates, inner_state = masked_step(inner, tree, grads, state.inner_state, params, extra)
-        return updates, MaskedState(state.masks, inner_state)
+        tree = held_masks(state)
+        new, inner_state = masked_step(inner, tree, updates, state.inner_state, params, extra)
+        return new, MaskedState(state.masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def held_masks(state: Any) -> Masks:
+    """The masks in a state of this package, unpacked."""
+    return state.masks.unpack() if isinstance(state.masks, PackedTree) else state.masks
 
 
 def required(params: Params | None, name: str) -> Params:

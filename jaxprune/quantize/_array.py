@@ -109,18 +109,18 @@ class QuantizedArray:
 def quantize(path: str, x: Float[Array, "..."], spec: Spec) -> tuple[QuantizedArray, Array]:
     """One leaf quantized, and whether all of it is finite. Inverse, up to rounding: `materialize`."""
     check_fits(spec, path, jnp.shape(x))
-    values, scale, zero, finite = _quantize(jnp.asarray(x), spec)
-    length = x.shape[-1] if x.ndim else -1
-    return QuantizedArray(values, scale, zero, spec, length, np.dtype(x.dtype)), finite
-
-
-@partial(jax.jit, static_argnums=1)
-def _quantize(x: Array, spec: Spec) -> tuple[Array, Array, Array | None, Array]:
+    x = jnp.asarray(x)
     scale, zero = scale_of(x, spec)
+    values = _encode(x, scale, zero, spec)
+    stored = None if zero is None else zero.astype(jnp.int8)
+    length = x.shape[-1] if x.ndim else -1
+    return QuantizedArray(values, scale, stored, spec, length, np.dtype(x.dtype)), is_finite(scale)
+
+
+@partial(jax.jit, static_argnums=3)
+def _encode(x: Array, scale: Array, zero: Array | None, spec: Spec) -> Array:
     levels = to_levels(x, scale, zero, spec)
-    if spec.width < 8:
-        levels = pack(levels.reshape(x.shape or (1,)), spec.width)
-    return levels, scale, None if zero is None else zero.astype(jnp.int8), is_finite(scale)
+    return levels if spec.width == 8 else pack(levels.reshape(x.shape or (1,)), spec.width)
 
 
 def refuse_non_finite(paths: list[str], flags: list[Array]) -> None:

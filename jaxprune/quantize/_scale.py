@@ -3,10 +3,13 @@
 With groups, the group axis of extent `n` has `n / group_size` scales; `spread` repeats them.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from jaxprune.quantize._spec import (
     FP8_MAX,
@@ -19,6 +22,7 @@ from jaxprune.quantize._spec import (
 )
 
 Scale = Float[Array, "..."]
+Zero = Num[Array, "..."]  # in integer units: float while it is computed, int8 when stored
 
 
 def working_dtype(x: Array) -> jnp.dtype:
@@ -26,7 +30,8 @@ def working_dtype(x: Array) -> jnp.dtype:
     return jnp.promote_types(jnp.float32, x.dtype)
 
 
-def scale_of(x: Float[Array, "..."], spec: Spec) -> tuple[Scale, Scale | None]:
+@partial(jax.jit, static_argnums=1)
+def scale_of(x: Float[Array, "..."], spec: Spec) -> tuple[Scale, Zero | None]:
     """Scale, and zero point in integer units (symmetric: `None`), from the range of `x`.
 
     A group, channel or tensor of zeros gets the scale 1, an empty one too. A NaN or infinity in `x`
@@ -51,24 +56,26 @@ def _top_level(spec: Spec) -> float:
 
 
 def _usable(scale: Scale) -> Scale:
+    """1 for 0, and nothing subnormal."""
     tiny = jnp.finfo(scale.dtype).tiny
     return jnp.where(scale == 0, 1.0, jnp.where(scale < tiny, tiny, scale))
 
 
-def _reduce(op: object, x: Float[Array, "..."], spec: Spec) -> Scale:
+def _reduce(op: Callable[..., Array], x: Float[Array, "..."], spec: Spec) -> Scale:
     axes = reduced_axes(spec, x.ndim)
     if spec.group_size is not None:
         axis = group_axis(x.ndim) % x.ndim
-        x = x.reshape(*x.shape[:axis], -1, spec.group_size, *x.shape[axis + 1 :])
-        return op(x, axis=axis + 1, initial=0.0)  # type: ignore[operator]
-    found = op(x, axis=axes, keepdims=True, initial=0.0)  # type: ignore[operator]
+        groups = x.shape[axis] // spec.group_size
+        x = x.reshape(*x.shape[:axis], groups, spec.group_size, *x.shape[axis + 1 :])
+        return op(x, axis=axis + 1, initial=0.0)
+    found = op(x, axis=axes, keepdims=True, initial=0.0)
     if x.ndim >= 3 and found.shape[0] != x.shape[0]:
         # one row of scales per entry of the leading axis, so that `scan` and `vmap` may map over it
         found = jnp.broadcast_to(found, (x.shape[0], *found.shape[1:]))
     return found
 
 
-def spread(scale: Scale, shape: tuple[int, ...]) -> Scale:
+def spread(scale: Zero, shape: tuple[int, ...]) -> Zero:
     """Scales that broadcast against `shape`: groups repeated over their entries."""
     if not shape:
         return scale
@@ -77,21 +84,34 @@ def spread(scale: Scale, shape: tuple[int, ...]) -> Scale:
     return scale if count in (1, n) else jnp.repeat(scale, n // count, axis=axis)
 
 
-def to_levels(x: Float[Array, "..."], scale: Scale, zero: Scale | None, spec: Spec) -> Array:
+def _reciprocal(scale: Scale) -> tuple[Scale, Scale]:
+    """Two factors of `1 / scale`, the first a power of two.
+
+    A product with the reciprocal of a few scales is what compilers make of a division; written out,
+    codes are the same in and out of `jit`. In one factor, that of a huge scale would be subnormal.
+    """
+    _, exponent = jnp.frexp(scale)
+    root = jnp.ldexp(jnp.ones_like(scale), -(exponent // 2))
+    return root, 1.0 / (scale * root)
+
+
+def to_levels(x: Float[Array, "..."], scale: Scale, zero: Zero | None, spec: Spec) -> Array:
     """The codes of `x`: int8 (nf4: level indices), or float8. Inverse, up to rounding: `from_levels`."""
-    ratio = x.astype(working_dtype(x)) / spread(scale, x.shape)
+    root, rest = _reciprocal(scale)
+    ratio = (x.astype(working_dtype(x)) * spread(root, x.shape)) * spread(rest, x.shape)
     if spec.format == "float8_e4m3fn":
         return jnp.clip(ratio, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
     if spec.format == "nf4":
         # a tie between two levels goes to the lower one
-        return sum((ratio > bound).astype(jnp.int8) for bound in NF4_BOUNDS)
+        steps = [(ratio > bound).astype(jnp.int8) for bound in NF4_BOUNDS]
+        return sum(steps[1:], start=steps[0])
     if zero is not None:
         ratio = ratio + spread(zero, x.shape)
     return jnp.clip(jnp.round(ratio), *integer_range(spec)).astype(jnp.int8)
 
 
 def from_levels(
-    levels: Array, scale: Scale, zero: Scale | None, spec: Spec, dtype: jnp.dtype
+    levels: Array, scale: Scale, zero: Zero | None, spec: Spec, dtype: jnp.dtype
 ) -> Float[Array, "..."]:
     """The values that codes stand for, of `dtype`. Inverse, up to rounding: `to_levels`."""
     if spec.format == "nf4":
@@ -104,7 +124,7 @@ def from_levels(
 
 
 def clip_range(
-    scale: Scale, zero: Scale | None, spec: Spec, shape: tuple[int, ...]
+    scale: Scale, zero: Zero | None, spec: Spec, shape: tuple[int, ...]
 ) -> tuple[Scale, Scale]:
     """The least and largest representable value, broadcastable against `shape`."""
     if spec.format in ("nf4", "float8_e4m3fn"):

@@ -55,7 +55,9 @@ class Spec:
             _checks.positive_int("group_size", self.group_size)
         _checks.choice("granularity", self.granularity, ("channel", "tensor"))
         if not self.symmetric and self.format in ("float8_e4m3fn", "nf4"):
-            raise ValueError(f"symmetric: {self.format} has no zero point; expected True, got False")
+            raise ValueError(
+                f"symmetric: {self.format} has no zero point; expected True, got False"
+            )
 
     @property
     def format(self) -> str:
@@ -79,16 +81,17 @@ def _format_name(dtype: Any) -> str:
 
 def check_fits(spec: Spec, path: str, shape: tuple[int, ...]) -> None:
     """Raises `ValueError` where `spec`'s groups do not divide a leaf."""
-    if spec.group_size is None:
+    wanted = spec.group_size
+    if wanted is None:
         return
     if not shape:
         raise ValueError(f"group_size: leaf {path!r} is a scalar and has no axis to group")
     axis = group_axis(len(shape))
-    if shape[axis] % spec.group_size:
+    if shape[axis] % wanted:
         divisors = [d for d in range(1, shape[axis] + 1) if shape[axis] % d == 0]
-        near = min(divisors, key=lambda d: abs(d - spec.group_size), default=1)
+        near = min(divisors, key=lambda d: abs(d - wanted), default=1)
         raise ValueError(
-            f"group_size: {spec.group_size} does not divide axis {axis} of leaf {path!r} with shape "
+            f"group_size: {wanted} does not divide axis {axis} of leaf {path!r} with shape "
             f"{shape}; use {near}, None, or leave the leaf out with where= or rules="
         )
 

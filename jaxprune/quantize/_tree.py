@@ -72,9 +72,7 @@ def quantize_tree(
     return treedef.unflatten(out)
 
 
-def specs_for(
-    params: Params, base: Spec, rules: Rules | None, where: Where
-) -> list[Spec | None]:
+def specs_for(params: Params, base: Spec, rules: Rules | None, where: Where) -> list[Spec | None]:
     """The spec of each leaf, in flatten order; `None` where it stays dense."""
     paths, leaves, _ = _trees.flatten(params)
     chosen = _trees.select(params, where)
@@ -82,10 +80,10 @@ def specs_for(
     patterns = []
     for number, rule in enumerate(rules or ()):
         if not isinstance(rule, tuple) or len(rule) != 2 or not isinstance(rule[0], str):
-            raise TypeError(
-                f"rules[{number}]: expected (regex, Spec | bits | None), got {rule!r}"
-            )
-        patterns.append((_trees.compile_pattern(rule[0], parameter="rules"), _as_spec(number, rule[1])))
+            raise TypeError(f"rules[{number}]: expected (regex, Spec | bits | None), got {rule!r}")
+        patterns.append(
+            (_trees.compile_pattern(rule[0], parameter="rules"), _as_spec(number, rule[1]))
+        )
     used = [False] * len(patterns)
     for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         hits = [k for k, (pattern, _) in enumerate(patterns) if pattern.fullmatch(path)]

@@ -56,15 +56,19 @@ def plot_accuracy(
     axes.plot(size, percent, color="0.75", zorder=1)
     for x, y, name in zip(size, percent, names, strict=True):
         axes.scatter(x, y, s=60, zorder=2)
-        axes.annotate(f"{name}\n{y:.1f} %", (x, y), xytext=(0, 9), textcoords="offset points", ha="center")
+        axes.annotate(
+            f"{name}\n{y:.1f} %", (x, y), xytext=(0, 9), textcoords="offset points", ha="center"
+        )
     axes.set_xscale("log")
+    axes.set_xticks(size, [f"{x:,.0f}" for x in size])
+    axes.minorticks_off()
     axes.set_xlabel("size on disk in kB (logarithmic)")
     axes.set_ylabel("test accuracy in %")
     axes.set_title(title)
     axes.margins(x=0.15)
     low, high = percent.min(), percent.max()
     axes.set_ylim(low - max(1.0, high - low), high + max(1.0, high - low))
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     path = Path(path)
     figure.savefig(path)
     return path

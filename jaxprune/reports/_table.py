@@ -1,5 +1,6 @@
 """What compression gained, leaf by leaf and in total."""
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,13 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Params, PyTree, is_compressed
 from jaxprune.reports._size import leaf_nbytes
 
+_LETTERS = {"bfloat": "bf", "float": "f", "uint": "u", "int": "i"}
+_SHORT = re.compile("|".join(_LETTERS))
 _RUNS = 20
 _BUDGET_SECONDS = 2.0
 
@@ -77,7 +80,7 @@ class Report:
         """The report as a `rich` table."""
         table = Table(title="Compression report", show_footer=True)
         size = sum(_size(row) for row in self.rows)
-        columns = [
+        columns: list[tuple[str, str, JustifyMethod]] = [
             ("leaf", "total", "left"),
             ("shape", f"{size:,}", "left"),
             ("dtype", "", "left"),
@@ -92,7 +95,7 @@ class Report:
             table.add_column(
                 header,
                 footer=footer,
-                justify=justify,  # type: ignore[arg-type]
+                justify=justify,
                 overflow="fold",
                 no_wrap=header not in ("leaf", "shape"),
             )
@@ -100,7 +103,7 @@ class Report:
             table.add_row(
                 row.path or "(the array)",
                 "×".join(map(str, row.shape)) or "scalar",
-                row.dtype,
+                _SHORT.sub(lambda m: _LETTERS[m[0]], row.dtype),
                 f"{row.sparsity:.1%}",
                 f"{row.bits:.2f}",
                 human_bytes(row.bytes_dense),
@@ -125,9 +128,7 @@ class Report:
         return capture.get()
 
 
-def report(
-    fn: Callable[..., Any] | None, params: Params, compressed: PyTree, *args: Any
-) -> Report:
+def report(fn: Callable[..., Any] | None, params: Params, compressed: PyTree, *args: Any) -> Report:
     """Compares parameters with their compressed form.
 
     Args:

@@ -83,8 +83,8 @@ def lamp(params: Params, *, where: Where = None) -> Scores:
       ValueError: a `where` pattern that matches no floating leaf.
 
     Example:
-      >>> jp.scores.lamp({"w": jnp.array([[1.0, 2.0, 2.0]])})["w"].round(3).tolist()
-      [[0.111, 0.5, 1.0]]
+      >>> jp.scores.lamp({"w": jnp.array([[1.0, 2.0, 2.0]])})["w"].round(2)
+      Array([[0.11, 0.5 , 1.  ]], dtype=float32)
 
     Reference: Lee et al., "Layer-adaptive sparsity for the Magnitude-based Pruning", 2021,
     https://arxiv.org/abs/2010.07611

@@ -1,0 +1,63 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+import jaxprune as jp
+
+
+def test_nbytes(params, container):
+    tree = container(params)
+    assert jp.nbytes(tree) == 4 * sum(x.size for x in jax.tree.leaves(params))
+    assert jp.nbytes(jax.eval_shape(lambda: params)) == jp.nbytes(params)
+    q = jp.quantize_tree({"w": jnp.ones((64, 32))}, bits=2)
+    assert jp.nbytes(q) == 64 * 32 // 4 + 32 * 4
+    assert jp.nbytes({"a": None, "b": "text"}) == 0
+
+
+def test_rows_and_totals(params):
+    pruned, _ = jp.prune_tree(params, 0.5)
+    report = jp.report(None, params, jp.quantize_tree(pruned, bits=4))
+    rows = {row.path: row for row in report.rows}
+    assert list(rows) == ["conv/bias", "conv/kernel", "dense/bias", "dense/kernel", "embed"]
+    kernel = rows["dense/kernel"]
+    assert (kernel.shape, kernel.dtype, kernel.bytes_dense) == ((16, 10), "float32", 640)
+    assert kernel.bytes_now == 16 * 5 + 40
+    assert kernel.bits == pytest.approx(8 * 120 / 160)
+    assert kernel.sparsity >= np.mean(np.asarray(pruned["dense"]["kernel"]) == 0)
+    assert report.bytes_dense == jp.nbytes(params)
+    assert report.bytes_now == sum(row.bytes_now for row in report.rows)
+    assert report.seconds_dense is None
+
+
+def test_latency_and_text(params):
+    fn = lambda p, x: x @ p["dense"]["kernel"] + p["dense"]["bias"]
+    report = jp.report(fn, params, jp.quantize_tree(params), jnp.ones((2, 16)))
+    assert report.seconds_dense > 0
+    assert report.seconds_now > 0
+    text = str(report)
+    for part in ("dense/kernel", "16×10", "total", "latency", "ratio"):
+        assert part in text
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(report)
+    assert max(map(len, capture.get().splitlines())) <= 80
+
+
+def test_other_trees_are_refused(params):
+    with pytest.raises(ValueError, match="missing 'embed'"):
+        jp.report(None, params, {k: v for k, v in params.items() if k != "embed"})
+    with pytest.raises(ValueError, match="'embed'"):
+        jp.report(None, params, {**params, "embed": jnp.ones((2, 2))})
+
+
+def test_plot(tmp_path):
+    from jaxprune.reports import plot_accuracy
+
+    file = plot_accuracy(tmp_path / "p.png", ["a", "b"], [10, 100], [0.9, 0.95])
+    assert file.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="same length"):
+        plot_accuracy(tmp_path / "p.png", ["a"], [10, 100], [0.9, 0.95])
+    with pytest.raises(ValueError, match="nbytes"):
+        plot_accuracy(tmp_path / "p.png", ["a"], [0], [0.9])

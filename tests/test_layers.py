@@ -1,0 +1,80 @@
+"""The imports form the layered graph that the documentation draws."""
+
+import ast
+from pathlib import Path
+
+import jaxprune
+
+ROOT = Path(jaxprune.__file__).parent
+LAYERS = {
+    "_types": 0,
+    "_trees": 0,
+    "_checks": 0,
+    "schedules": 0,
+    "scores": 1,
+    "budgets": 1,
+    "masks": 1,
+    "quantize": 1,
+    "optim": 2,
+    "export": 3,
+    "reports": 3,
+    "cli": 4,
+}
+# a room of the first layers may use these others of its own layer
+SIBLINGS = {
+    ("_trees", "_types"),
+    ("_checks", "_trees"),
+    ("_checks", "_types"),
+    ("schedules", "_checks"),
+}
+ONLY = {"optax": {"optim", "cli"}, "flax": {"cli"}, "orbax": {"export"}, "matplotlib": {"reports"}}
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+
+
+def room(file):
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def files():
+    return [f for f in ROOT.rglob("*.py") if f != ROOT / "__init__.py"]
+
+
+def test_every_room_has_a_layer():
+    assert {room(f) for f in files()} == set(LAYERS)
+
+
+def test_imports_go_down():
+    for file in files():
+        here = room(file)
+        for name in imports(file):
+            parts = name.split(".")
+            if parts[0] != "jaxprune" or len(parts) < 2 or parts[1] not in LAYERS:
+                continue
+            there = parts[1]
+            below = LAYERS[there] < LAYERS[here] or (here, there) in SIBLINGS
+            assert there == here or below, f"{file} imports {name}"
+
+
+def test_private_modules_stay_in_their_room():
+    for file in files():
+        for name in imports(file):
+            parts = name.split(".")
+            if parts[0] == "jaxprune" and len(parts) > 2 and parts[2].startswith("_"):
+                assert parts[1] in (room(file), "cli"), f"{file} reaches into {name}"
+
+
+def test_each_dependency_has_its_rooms():
+    for file in files():
+        for name in imports(file):
+            rooms = ONLY.get(name.split(".")[0])
+            assert rooms is None or room(file) in rooms, f"{file} imports {name}"
+            assert not name.startswith("jax._src"), f"{file} imports {name}"
