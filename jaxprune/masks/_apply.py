@@ -137,9 +137,10 @@ class PackedTree:
         _, leaves, treedef = _trees.flatten(pack_masks(masks))
         return cls(tuple(leaves), treedef)
 
-    def unpack(self) -> Masks:
-        """The tree of bools. Inverse of `of`."""
-        return self.treedef.unflatten(leaf.materialize() for leaf in self.leaves)
+    def unpack(self, like: Params | None = None) -> Masks:
+        """The tree of bools, in the containers of `like` if given. Inverse of `of`."""
+        treedef = self.treedef if like is None else _trees.flatten(like)[2]
+        return treedef.unflatten(leaf.materialize() for leaf in self.leaves)
 
 
 def pack_masks(masks: Masks) -> PyTree:

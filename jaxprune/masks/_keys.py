@@ -52,7 +52,7 @@ def kept(sparsity: float | Array, size: int) -> Int[Array, ""] | int:
     """
     if not _checks.is_traced(sparsity):
         return round((1 - float(np.asarray(sparsity))) * size)
-    density = jnp.clip(1.0 - sparsity.astype(jnp.float32), 0.0, 1.0)
+    density = jnp.clip(1.0 - jnp.asarray(sparsity, jnp.float32), 0.0, 1.0)
     units = jnp.round(density * 2.0**24).astype(jnp.uint32)  # in [0, 2^24]
     high, low = units >> 12, units & 0xFFF
     s0, s1, s2 = (jnp.uint32(size >> shift & 0xFFF) for shift in (0, 12, 24))

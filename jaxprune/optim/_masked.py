@@ -63,16 +63,20 @@ def masked_update(
         updates: optax.Updates, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, MaskedState]:
         params = required(params, "masked_update")
-        tree = held_masks(state)
+        tree = held_masks(state, params)
         new, inner_state = masked_step(inner, tree, updates, state.inner_state, params, extra)
         return new, MaskedState(state.masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def held_masks(state: Any) -> Masks:
-    """The masks in a state of this package, unpacked."""
-    return state.masks.unpack() if isinstance(state.masks, PackedTree) else state.masks
+def held_masks(state: Any, params: Params | None = None) -> Masks:
+    """The masks in a state of this package, unpacked.
+
+    `nnx.Optimizer` hands `init` a state of variables and `update` one of bare arrays: packed masks
+    take the containers of `params`.
+    """
+    return state.masks.unpack(params) if isinstance(state.masks, PackedTree) else state.masks
 
 
 def required(params: Params | None, name: str) -> Params:

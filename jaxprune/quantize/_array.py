@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int8
 
 from jaxprune import _checks
 from jaxprune.quantize._bits import pack, unpack
-from jaxprune.quantize._scale import from_levels, is_finite, scale_of, to_levels
+from jaxprune.quantize._scale import from_levels, is_finite, reciprocal, scale_of, to_levels
 from jaxprune.quantize._spec import Spec, check_fits
 
 
@@ -111,15 +111,15 @@ def quantize(path: str, x: Float[Array, "..."], spec: Spec) -> tuple[QuantizedAr
     check_fits(spec, path, jnp.shape(x))
     x = jnp.asarray(x)
     scale, zero = scale_of(x, spec)
-    values = _encode(x, scale, zero, spec)
+    values = _encode(x, reciprocal(scale), zero, spec)
     stored = None if zero is None else zero.astype(jnp.int8)
     length = x.shape[-1] if x.ndim else -1
     return QuantizedArray(values, scale, stored, spec, length, np.dtype(x.dtype)), is_finite(scale)
 
 
 @partial(jax.jit, static_argnums=3)
-def _encode(x: Array, scale: Array, zero: Array | None, spec: Spec) -> Array:
-    levels = to_levels(x, scale, zero, spec)
+def _encode(x: Array, factors: tuple[Array, Array], zero: Array | None, spec: Spec) -> Array:
+    levels = to_levels(x, factors, zero, spec, in_range=True)
     return levels if spec.width == 8 else pack(levels.reshape(x.shape or (1,)), spec.width)
 
 

@@ -8,7 +8,13 @@ from jaxtyping import Array, Float
 
 from jaxprune import _trees
 from jaxprune._types import Params, Where
-from jaxprune.quantize._scale import clip_range, from_levels, scale_of, to_levels
+from jaxprune.quantize._scale import (
+    clip_range,
+    from_levels,
+    reciprocal,
+    scale_of,
+    to_levels,
+)
 from jaxprune.quantize._spec import Spec, check_fits
 from jaxprune.quantize._tree import Rules, specs_for
 
@@ -81,7 +87,7 @@ def _fake(x: Array, spec: Spec, scale: Any, zero_point: Any) -> Array:
         slack = _ROUNDING * (high - low)
         inside = (x >= low - slack) & (x <= high + slack)
         through = jnp.where(inside, x, jax.lax.stop_gradient(x))
-    rounded = from_levels(to_levels(x, scale, zero, spec), scale, zero, spec, x.dtype)
+    rounded = from_levels(to_levels(x, reciprocal(scale), zero, spec), scale, zero, spec, x.dtype)
     # the values are `rounded` exactly, the gradient is that of `through`
     return jax.lax.stop_gradient(rounded) + (through - jax.lax.stop_gradient(through))
 

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int8, Num
 
 from jaxprune.quantize._spec import (
     FP8_MAX,
@@ -84,7 +84,8 @@ def spread(scale: Zero, shape: tuple[int, ...]) -> Zero:
     return scale if count in (1, n) else jnp.repeat(scale, n // count, axis=axis)
 
 
-def _reciprocal(scale: Scale) -> tuple[Scale, Scale]:
+@jax.jit
+def reciprocal(scale: Scale) -> tuple[Scale, Scale]:
     """Two factors of `1 / scale`, the first a power of two.
 
     A product with the reciprocal of a few scales is what compilers make of a division; written out,
@@ -95,10 +96,22 @@ def _reciprocal(scale: Scale) -> tuple[Scale, Scale]:
     return root, 1.0 / (scale * root)
 
 
-def to_levels(x: Float[Array, "..."], scale: Scale, zero: Zero | None, spec: Spec) -> Array:
-    """The codes of `x`: int8 (nf4: level indices), or float8. Inverse, up to rounding: `from_levels`."""
-    root, rest = _reciprocal(scale)
-    ratio = (x.astype(working_dtype(x)) * spread(root, x.shape)) * spread(rest, x.shape)
+def to_levels(
+    x: Float[Array, "..."],
+    factors: tuple[Scale, Scale],
+    zero: Zero | None,
+    spec: Spec,
+    *,
+    in_range: bool = False,
+) -> Array:
+    """The codes of `x`: int8 (nf4: level indices), or float8. Inverse, up to rounding: `from_levels`.
+
+    Takes the `reciprocal` of the scale, so that a compiler cannot move its computation, cheap for a
+    few scales, into the loop over all entries. `in_range` says that the scale is that of `x` itself,
+    so that symmetric integers need no clip.
+    """
+    root, rest = (spread(factor, x.shape) for factor in factors)
+    ratio = (x.astype(working_dtype(x)) * root) * rest
     if spec.format == "float8_e4m3fn":
         return jnp.clip(ratio, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
     if spec.format == "nf4":
@@ -107,7 +120,20 @@ def to_levels(x: Float[Array, "..."], scale: Scale, zero: Zero | None, spec: Spe
         return sum(steps[1:], start=steps[0])
     if zero is not None:
         ratio = ratio + spread(zero, x.shape)
-    return jnp.clip(jnp.round(ratio), *integer_range(spec)).astype(jnp.int8)
+    if zero is not None or not in_range:
+        ratio = jnp.clip(ratio, *integer_range(spec))
+    return _rounded(ratio)
+
+
+def _rounded(x: Float[Array, "..."]) -> Int8[Array, "..."]:
+    """The nearest integers, half to even, of numbers in [-128, 127].
+
+    Beyond 1.5 * 2^23 the float32 grid is that of the integers, so the addition rounds, and the low byte
+    of the sum is the integer: cheaper than rounding and a saturating conversion.
+    """
+    if x.dtype != jnp.float32:
+        return jnp.round(x).astype(jnp.int8)
+    return jax.lax.bitcast_convert_type(x + 1.5 * 2.0**23, jnp.int32).astype(jnp.int8)
 
 
 def from_levels(
@@ -136,6 +162,7 @@ def clip_range(
     return (least - offset) * full, (most - offset) * full
 
 
+@jax.jit
 def is_finite(scale: Scale) -> jax.Array:
     """Whether no scale saw a NaN or an infinity."""
     return jnp.all(jnp.isfinite(scale)) if np.prod(scale.shape) else jnp.array(True)
