@@ -30,6 +30,9 @@ def from_scores(
     (`scope="leaf"`, or a budget tree). With a pattern, units take the place of entries. Ties go to
     earlier leaves and earlier positions, so the count is exact for any scores.
 
+    Scores are compared as the backend compares floats: `-0.0` equals `0.0`, and where subnormal numbers
+    are flushed (XLA on CPU) they equal 0 too.
+
     One jitted call, without host callbacks: a search for the threshold that reads the scores a few
     times and exchanges only counts, so sharded scores stay where they are.
 
