@@ -192,4 +192,4 @@ def _no_nan(paths: list[str], arrays: Sequence[jax.Array]) -> None:
 
 @jax.jit
 def _has_nan(x: jax.Array) -> jax.Array:
-    return jnp.isnan(jnp.max(x, initial=-jnp.inf))  # the maximum hands a NaN on
+    return jnp.isnan(jnp.max(x)) if x.size else jnp.array(False)  # the maximum hands a NaN on

@@ -14,7 +14,7 @@ from jaxprune.masks._keys import kept
 
 def by_sort(arrays, keep):
     """The masks that a stable descending sort gives."""
-    flat = np.concatenate([np.asarray(a, np.float64).ravel() for a in arrays])
+    flat = np.concatenate([np.asarray(a).astype(np.float64).ravel() for a in arrays])
     mask = np.zeros(flat.size, bool)
     mask[np.argsort(-flat, kind="stable")[:keep]] = True
     parts = np.split(mask, np.cumsum([a.size for a in arrays])[:-1])
@@ -90,6 +90,12 @@ def test_odd_leaves():
     assert sum(int(m.sum()) for m in masks.values()) == round(0.5 * 7)
     assert jp.masks.from_scores({}, 0.5) == {}
     assert jp.masks.from_scores({"b": jnp.array(jnp.inf)}, 0.5)["b"].shape == ()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_small_floats(dtype):
+    scores = jax.random.normal(jax.random.key(0), (32, 16)).astype(dtype)
+    check({"w": scores}, 0.6)
 
 
 def test_float64():
