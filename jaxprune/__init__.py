@@ -1,10 +1,12 @@
 """Model compression for JAX and Flax as pure functions over pytrees.
 
 Stages, in the order of use: `scores` and `budgets` say what matters, `masks` selects, `optim` trains
-under masks, `quantize` stores weights in few bits, `export` saves, `report` shows what was gained.
+under masks, `trace`, `structure` and `compact` remove channels for good, `quantize` stores weights in
+few bits, `export` saves, `report` shows what was gained.
 """
 
-from jaxprune import budgets, export, masks, optim, quantize, schedules, scores
+from jaxprune import budgets, export, masks, optim, quantize, schedules, scores, structure
+from jaxprune.graph import trace
 from jaxprune.masks import (
     apply_masks,
     pack_masks,
@@ -21,6 +23,7 @@ from jaxprune.quantize import (
     quantize_tree,
 )
 from jaxprune.reports import nbytes, report
+from jaxprune.structure import compact
 
 __version__ = "0.1.0"
 
@@ -28,6 +31,7 @@ __all__ = [
     "QuantizedArray",
     "apply_masks",
     "budgets",
+    "compact",
     "dequantize_tree",
     "export",
     "fake_quantize",
@@ -44,5 +48,7 @@ __all__ = [
     "schedules",
     "scores",
     "sparsity",
+    "structure",
+    "trace",
     "unpack_masks",
 ]

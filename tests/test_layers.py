@@ -15,6 +15,8 @@ LAYERS = {
     "budgets": 1,
     "masks": 1,
     "quantize": 1,
+    "graph": 1,
+    "structure": 2,
     "optim": 2,
     "export": 3,
     "reports": 3,

@@ -1,0 +1,135 @@
+"""A traced function as a flat list of operations.
+
+`jit`, `remat`, `custom_jvp` and the like are opened, so that whoever walks the list sees only primitives
+that compute, in order, without recursion. `custom_vjp` stays closed: its gradient is its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+_OPENED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One primitive applied.
+
+    Attributes:
+      primitive: the JAX primitive.
+      params: its static parameters.
+      ins: value numbers of the operands.
+      outs: value numbers of the results.
+      source: `file:line (function)` where the user's program called it.
+      is_relu: it is the maximum inside `jax.nn.relu`, whose derivative at 0 is 0.
+    """
+
+    primitive: Any
+    params: dict[str, Any]
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    source: str
+    is_relu: bool = False
+
+
+@dataclass
+class Program:
+    """A function as operations on numbered values.
+
+    Attributes:
+      avals: shape and dtype of each value.
+      constants: arrays and scalars known at tracing time, by value number.
+      inputs: value numbers of the flattened arguments.
+      operations: in order of execution.
+      outputs: value numbers of the flattened results.
+      out_tree: structure of the results.
+    """
+
+    avals: list[Any] = field(default_factory=list)
+    constants: dict[int, Any] = field(default_factory=dict)
+    inputs: list[int] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    out_tree: Any = None
+
+
+def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
+    """Traces `fn` once, abstractly, and flattens it. Arguments may be `jax.ShapeDtypeStruct`."""
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
+    program = Program(out_tree=jax.tree.structure(shapes))
+    program.inputs = [_new(program, var.aval) for var in closed.jaxpr.invars]
+    program.outputs = _open(program, closed, program.inputs)
+    return program
+
+
+def _new(program: Program, aval: Any) -> int:
+    program.avals.append(aval)
+    return len(program.avals) - 1
+
+
+def _constant(program: Program, value: Any, aval: Any) -> int:
+    number = _new(program, aval)
+    program.constants[number] = value
+    return number
+
+
+def _open(
+    program: Program, closed: ClosedJaxpr | Jaxpr, ins: list[int], *, is_relu: bool = False
+) -> list[int]:
+    jaxpr = closed.jaxpr if isinstance(closed, ClosedJaxpr) else closed
+    consts = closed.consts if isinstance(closed, ClosedJaxpr) else []
+    env: dict[Any, int] = dict(zip(jaxpr.invars, ins, strict=True))
+    for var, value in zip(jaxpr.constvars, consts, strict=True):
+        env[var] = _constant(program, value, var.aval)
+
+    def read(atom: Any) -> int:
+        if isinstance(atom, Literal):
+            return _constant(program, atom.val, atom.aval)
+        return env[atom]
+
+    for eqn in jaxpr.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        inner = eqn.params.get(_OPENED.get(eqn.primitive.name, ""))
+        if inner is not None and len(_invars(inner)) == len(operands):
+            named = eqn.params.get("name") == "relu"
+            results = _open(program, inner, operands, is_relu=is_relu or named)
+        else:
+            results = [_new(program, var.aval) for var in eqn.outvars]
+            program.operations.append(
+                Operation(
+                    eqn.primitive,
+                    eqn.params,
+                    tuple(operands),
+                    tuple(results),
+                    _source(eqn),
+                    is_relu and eqn.primitive.name == "max",
+                )
+            )
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _invars(jaxpr: Any) -> Any:
+    return jaxpr.jaxpr.invars if isinstance(jaxpr, ClosedJaxpr) else jaxpr.invars
+
+
+def _source(eqn: Any) -> str:
+    traceback = getattr(eqn.source_info, "traceback", None)
+    if traceback is None:
+        return ""
+    for frame in traceback.frames:
+        if "/jax/" not in frame.file_name and "/flax/" not in frame.file_name:
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+    return ""

@@ -1,0 +1,216 @@
+"""The coupling graph of a function: which axes of which parameters shrink together, and which cannot."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxprune import _trees
+from jaxprune._types import Params
+from jaxprune.graph._cost import Cost, cost_of
+from jaxprune.graph._couple import RULES, Axes, fresh_axes, frozen_axes, no_rule
+from jaxprune.graph._program import Program, trace_program
+from jaxprune.graph._units import Facts, Units
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that live on the same axes: the channels of some layers, the heads of an attention.
+
+    Attributes:
+      name: the first member, as `path[axis]`.
+      size: number of units.
+      members: every `(path, axis)` that shrinks with them.
+      units: numbers of the units.
+    """
+
+    name: str
+    size: int
+    members: tuple[tuple[str, int], ...]
+    units: np.ndarray
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced function; made by `jp.trace`.
+
+    Attributes:
+      paths: path of each leaf of the parameters, in flatten order.
+      shapes: shape of each leaf.
+      treedef: structure of the parameters.
+      groups: what can shrink.
+      frozen: `((path, axis), reason)` for what cannot.
+      program: the operations.
+      axes: ids of each value of the program.
+      units: the solved facts.
+    """
+
+    paths: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    treedef: Any
+    groups: tuple[Group, ...]
+    frozen: tuple[tuple[tuple[str, int], str], ...]
+    program: Program
+    axes: tuple[Axes, ...]
+    units: Units
+
+    def cost(self, removed: np.ndarray | None = None) -> Cost:
+        """What a call costs: FLOPs, multiply-adds and bytes, per operation and in total.
+
+        Args:
+          removed: per id whether it is removed (`units.removed`); nothing by default.
+        """
+        return cost_of(self.program, self.axes, len(self.paths), removed)
+
+    @property
+    def own(self) -> list[Axes]:
+        """The axes of each parameter leaf."""
+        return [self.axes[i] for i in self.program.inputs[: len(self.paths)]]
+
+    def removed_by(self, gone: np.ndarray) -> np.ndarray:
+        """Per id whether it goes, when the units flagged in `gone` go."""
+        return self.units.removed(gone)
+
+
+def trace(
+    fn: Callable[..., Any],
+    params: Params,
+    *args: Any,
+    updates: Callable[[Any], Any] | None = None,
+    **kwargs: Any,
+) -> Graph:
+    """Traces `fn(params, *args, **kwargs)` and finds what must shrink together.
+
+    The function runs abstractly, once; nothing is computed. Arguments may be `jax.ShapeDtypeStruct`.
+
+    Args:
+      fn: any traceable function of parameters and inputs: a linen `apply`, a function of an `nnx.State`,
+        plain JAX code.
+      params: its parameters, any tree of arrays.
+      *args: example inputs, of any batch size.
+      updates: names the part of the output that is an updated copy of parameters, such as Flax's mutable
+        collections: `lambda out: out[1]`. Those axes shrink with the parameters; all others of the
+        output are frozen.
+      **kwargs: further inputs.
+
+    Returns:
+      A `Graph`.
+
+    Raises:
+      ValueError: `updates` names leaves that are no parameters. What `fn` itself raises is passed on.
+
+    Example:
+      >>> params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
+      >>> graph = jp.trace(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], params, jnp.ones((1, 4)))
+      >>> [(group.size, group.members) for group in graph.groups]
+      [(8, (('a', 1), ('b', 0)))]
+    """
+    paths, leaves, treedef = _trees.flatten(params)
+    program = trace_program(fn, params, *args, **kwargs)
+    facts = Facts()
+    axes = couple(program, len(leaves), facts, updated_leaves(program, paths, updates))
+    units = facts.solve()
+    numbers = program.inputs[: len(leaves)]
+    shapes = tuple(tuple(np.shape(leaf)) for leaf in leaves)
+    groups, frozen = _groups(paths, [axes[i] for i in numbers], units)
+    return Graph(tuple(paths), shapes, treedef, groups, frozen, program, axes, units)
+
+
+def couple(
+    program: Program, n_params: int, facts: Facts, updated: dict[int, int]
+) -> tuple[Axes, ...]:
+    """The axes of every value of a program.
+
+    Args:
+      program: the program.
+      n_params: how many of its first inputs are parameters.
+      facts: where facts are put.
+      updated: which outputs are updated copies of which parameters, by position.
+    """
+    found: dict[int, Axes] = {}
+    for position, number in enumerate(program.inputs):
+        shape = tuple(program.avals[number].shape)
+        is_param = position < n_params
+        found[number] = fresh_axes(facts, shape, zero=True) if is_param else frozen_axes(shape)
+    for number, value in program.constants.items():
+        known = fresh_axes(facts, tuple(np.shape(value)), zero=False)
+        found[number] = Axes(known.ids, known.zero, _number(value))
+    for operation in program.operations:
+        ins = [found[i] for i in operation.ins]
+        shapes = [tuple(program.avals[i].shape) for i in operation.outs]
+        name = operation.primitive.name
+        rule = RULES.get(name)
+        if rule is None:
+            outs = no_rule(facts, operation.params, operation.source, ins, shapes, name)
+        else:
+            outs = rule(facts, operation.params, operation.source, ins, shapes)
+        found.update(zip(operation.outs, outs, strict=True))
+    for position, number in enumerate(program.outputs):
+        twin = updated.get(position)
+        for axis, ids in enumerate(found[number].ids):
+            if twin is None:
+                facts.freeze(ids, f"reaches output {position}")
+            else:
+                facts.equate(ids, found[program.inputs[twin]].ids[axis])
+    return tuple(found[i] for i in range(len(program.avals)))
+
+
+def _number(value: Any) -> float | None:
+    if np.shape(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
+        return None
+    return float(np.real(np.asarray(value)))
+
+
+def updated_leaves(
+    program: Program, paths: Sequence[str], updates: Callable[[Any], Any] | None
+) -> dict[int, int]:
+    """Which outputs `updates` names, and the parameter of the same path, by position.
+
+    Raises:
+      ValueError: an updated leaf without a parameter of its path.
+    """
+    if updates is None:
+        return {}
+    numbered = program.out_tree.unflatten(range(len(program.outputs)))
+    names, positions, _ = _trees.flatten(updates(numbered))
+    known = {path: i for i, path in enumerate(paths)}
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"updates: leaf {name!r} is no path of params; nearest: {paths[:3]}. Return the updated "
+                "collections under the names that they have in params, e.g. lambda out: out[1]"
+            )
+    return {position: known[name] for name, position in zip(names, positions, strict=True)}
+
+
+def _groups(
+    paths: list[str], params: list[Axes], units: Units
+) -> tuple[tuple[Group, ...], tuple[tuple[tuple[str, int], str], ...]]:
+    members: dict[int, list[tuple[str, int]]] = {}
+    frozen = []
+    for path, axes in zip(paths, params, strict=True):
+        for axis, ids in enumerate(axes.ids):
+            parts = np.unique(units.label[ids])
+            stuck = units.why[parts] >= 0
+            if len(parts) and stuck.all():
+                reason = "it has one entry" if len(ids) == 1 else units.reasons[units.why[parts[0]]]
+                frozen.append(((path, axis), reason))
+            found = np.unique(units.factors(parts[~stuck])[1])
+            for unit in found[units.why[found] < 0].tolist():
+                members.setdefault(unit, []).append((path, axis))
+    alike: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    for unit, entry in members.items():
+        alike.setdefault(tuple(dict.fromkeys(entry)), []).append(unit)
+    # rows and columns of one product live on the same axes: heads and head dimensions
+    split = []
+    for entry, found in alike.items():
+        kinds: dict[bool, list[int]] = {}
+        columns = set(units.column[units.column >= 0].tolist())
+        for unit in found:
+            kinds.setdefault(unit in columns, []).append(unit)
+        split += [(entry, np.array(kind)) for kind in kinds.values()]
+    groups = tuple(
+        Group(f"{entry[0][0]}[{entry[0][1]}]", len(found), entry, found) for entry, found in split
+    )
+    return groups, tuple(frozen)

@@ -1,0 +1,278 @@
+"""Removed equals masked, on a zoo of topologies."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import jaxprune as jp
+from tests.structure._zoo import IMAGE, ZOO, build, normal, randomized
+
+# networks of which nothing may shrink, and the reason that must be given
+WHOLE = {
+    "softmax_over_features": "reduce_max",
+    "grouped": "no rule for grouped convolution",
+    "control_flow_and_custom_gradients": "no rule for",
+    "cumulative_and_sorted": "no rule for",
+    "lstm": "no rule for scan",
+    "norm_over_a_constant_shift": "reduce_sum",
+}
+
+
+def random_masks(graph, fraction, seed=0):
+    """Masks of a random selection of units of every group."""
+    rng = np.random.default_rng(seed)
+    gone = np.zeros(len(graph.units.why), bool)
+    for group in graph.groups:
+        gone[rng.choice(group.units, int(group.size * fraction), replace=False)] = True
+    return jp.structure._units._as_masks(graph, gone)
+
+
+def assert_close(a, b, tolerance=1e-4):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        assert x.shape == y.shape
+        assert np.abs(x - y).max() <= tolerance * max(np.abs(x).max(), 1e-3)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_removed_equals_masked(name):
+    fn, params, x = build(name)
+    graph = jp.trace(fn, params, x)
+    masks = random_masks(graph, 0.5)
+    masked = jp.apply_masks(params, masks)
+    small_fn, small = jp.compact(fn, params, masks, x)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (small, params)]
+    if name in WHOLE:
+        assert any(WHOLE[name] in reason for _, reason in graph.frozen), graph.frozen
+    else:
+        assert sizes[0] < sizes[1]
+    tolerance = 0.05 if name == "bfloat16_mlp" else 1e-4
+    assert_close(fn(masked, x), jax.jit(small_fn)(small, x), tolerance)
+    twice = jnp.concatenate([x, x[::-1]])
+    assert_close(fn(masked, twice), small_fn(small, twice), tolerance)
+    widths = jp.structure.widths(graph, masks)
+    assert list(widths.values()) == [leaf.shape for leaf in jax.tree.leaves(small)]
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual", "transformer", "depthwise", "qkv_in_one"])
+def test_gradients_agree(name):
+    fn, params, x = build(name)
+    masks = random_masks(jp.trace(fn, params, x), 0.5)
+    small_fn, small = jp.compact(fn, params, masks, x)
+    loss = lambda f: lambda p: jnp.sum(jnp.sin(f(p, x)))
+    full = jax.grad(loss(fn))(jp.apply_masks(params, masks))
+    graph = jp.trace(fn, params, x)
+    gone = jp.structure._compact.gone_units(
+        graph.units, graph.own, jp.structure._compact.dead_slices(graph, masks)
+    )
+    removed = graph.units.removed(gone)
+    for axes, a, b in zip(
+        graph.own,
+        jax.tree.leaves(full),
+        jax.tree.leaves(jax.grad(loss(small_fn))(small)),
+        strict=True,
+    ):
+        for axis, ids in enumerate(axes.ids):
+            a = jnp.take(a, np.flatnonzero(~removed[ids]), axis=axis)
+        assert_close(a, b, 1e-3)
+
+
+def test_groups_of_a_transformer():
+    fn, params, x = build("transformer")
+    sizes = sorted(group.size for group in jp.trace(fn, params, x).groups)
+    # per block: 4 heads, 4 query-key dims, 4 value dims, 32 neurons; and the residual stream
+    assert sizes == [4] * 6 + [16, 32, 32]
+
+
+def test_resnet50_has_37_groups():
+    class Block(nn.Module):
+        n: int
+        stride: int = 1
+
+        @nn.compact
+        def __call__(self, x):
+            norm = lambda: nn.BatchNorm(use_running_average=True)
+            y = nn.relu(norm()(nn.Conv(self.n, (1, 1))(x)))
+            y = nn.relu(norm()(nn.Conv(self.n, (3, 3), (self.stride, self.stride))(y)))
+            y = norm()(nn.Conv(4 * self.n, (1, 1))(y))
+            if x.shape != y.shape:
+                x = norm()(nn.Conv(4 * self.n, (1, 1), (self.stride, self.stride))(x))
+            return nn.relu(x + y)
+
+    class ResNet50(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(64, (7, 7), (2, 2))(x)))
+            x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
+            for i, count in enumerate((3, 4, 6, 3)):
+                for j in range(count):
+                    x = Block(64 * 2**i, 2 if i and not j else 1)(x)
+            return nn.Dense(1000)(x.mean((1, 2)))
+
+    x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    params = jax.eval_shape(ResNet50().init, jax.random.key(0), x)
+    graph = jp.trace(ResNet50().apply, params, x)
+    assert len(graph.groups) == 37
+
+
+def test_train_mode_with_mutable_statistics():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.BatchNorm(use_running_average=False)(nn.Conv(8, (3, 3))(x)))
+            return nn.Dense(3)(x.mean((1, 2)))
+
+    variables = randomized(Net().init(jax.random.key(0), IMAGE))
+    fn = lambda v, x: Net().apply(v, x, mutable=["batch_stats"])
+    updates = lambda out: out[1]
+    frozen = jp.trace(fn, variables, IMAGE)
+    assert not frozen.groups
+    graph = jp.trace(fn, variables, IMAGE, updates=updates)
+    assert [group.size for group in graph.groups] == [8]
+    masks = random_masks(graph, 0.5)
+    small_fn, small = jp.compact(fn, variables, masks, IMAGE, updates=updates)
+    logits, stats = small_fn(small, IMAGE)
+    assert_close(fn(jp.apply_masks(variables, masks), IMAGE)[0], logits)
+    assert stats["batch_stats"]["BatchNorm_0"]["mean"].shape == (4,)
+    with pytest.raises(ValueError, match="updates"):
+        jp.trace(fn, variables, IMAGE, updates=lambda out: {"other": out[1]})
+
+
+def test_what_is_not_wholly_masked_stays():
+    fn, params, x = build("mlp")
+    _, masks = jp.prune_tree(params, 0.5)
+    small_fn, small = jp.compact(fn, params, masks, x)
+    assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, params)
+    assert_close(fn(jp.apply_masks(params, masks), x), small_fn(small, x))
+
+
+def test_vmap_and_export_of_the_small_function():
+    fn, params, x = build("mlp")
+    masks = random_masks(jp.trace(fn, params, x), 0.5)
+    small_fn, small = jp.compact(fn, params, masks, x)
+    stacked = jnp.stack([x, 2 * x])
+    assert_close(jax.vmap(lambda v: small_fn(small, v))(stacked)[1], small_fn(small, 2 * x))
+    exported = jax.export.export(jax.jit(small_fn))(small, x)
+    assert_close(exported.call(small, x), small_fn(small, x))
+
+
+class TestUnitMasks:
+    @pytest.fixture
+    def traced(self):
+        fn, params, x = build("residual")
+        return fn, params, x, jp.trace(fn, params, x)
+
+    @pytest.mark.parametrize("scope", ["global", "leaf"])
+    @pytest.mark.parametrize("reduce", ["mean", "l1", "l2", "max", "first"])
+    @pytest.mark.parametrize("normalize", ["mean", "none", "max", "sum", "gaussian"])
+    def test_sparsity(self, traced, scope, reduce, normalize):
+        fn, params, x, graph = traced
+        masks = jp.structure.unit_masks(
+            graph,
+            jp.scores.magnitude(params),
+            sparsity=0.5,
+            scope=scope,
+            reduce=reduce,
+            normalize=normalize,
+        )
+        gone = jp.structure._compact.gone_units(
+            graph.units, graph.own, jp.structure._compact.dead_slices(graph, masks)
+        )
+        total = sum(group.size for group in graph.groups)
+        if scope == "leaf":
+            assert all(gone[g.units].sum() == round(0.5 * g.size) for g in graph.groups)
+        else:
+            assert abs(gone.sum() - 0.5 * total) <= len(graph.groups)
+
+    @pytest.mark.parametrize("target", ["flops", "params"])
+    @pytest.mark.parametrize("value", [0.5, 0.25])
+    def test_targets(self, traced, target, value):
+        fn, params, x, graph = traced
+        masks = jp.structure.unit_masks(graph, jp.scores.magnitude(params), **{target: value})
+        small_fn, small = jp.compact(fn, params, masks, x)
+        cost = jp.trace(small_fn, small, x).cost().flops / graph.cost().flops
+        size = sum(v.size for v in jax.tree.leaves(small)) / sum(
+            v.size for v in jax.tree.leaves(params)
+        )
+        found = cost if target == "flops" else size
+        assert value - 0.12 < found <= value + 0.01
+        assert_close(fn(jp.apply_masks(params, masks), x), small_fn(small, x))
+
+    def test_the_lowest_units_go(self, traced):
+        _, params, _, graph = traced
+        masks = jp.structure.unit_masks(
+            graph, jp.scores.magnitude(params), sparsity=0.5, scope="leaf", reduce="first"
+        )
+        group = next(g for g in graph.groups if len({p for p, _ in g.members}) > 1)
+        path, axis = next((p, a) for p, a in group.members if p.endswith("kernel"))
+        flat = dict(zip(graph.paths, jax.tree.leaves(masks), strict=True))
+        assert flat[path].shape[axis] == group.size
+
+    def test_round_to_min_units_and_ignore(self, traced):
+        fn, params, x, graph = traced
+        scores = jp.scores.magnitude(params)
+        widths = lambda **kw: jp.structure.widths(
+            graph, jp.structure.unit_masks(graph, scores, sparsity=0.7, **kw)
+        )
+        assert all(shape[-1] % 4 == 0 for p, shape in widths(round_to=4).items() if "Conv" in p)
+        assert all(shape[-1] >= 3 for p, shape in widths(min_units=3).items() if "Conv" in p)
+        whole = widths(ignore=[".*Conv_0/kernel"])
+        assert whole["params/Conv_0/kernel"] == (3, 3, 3, 8)
+        everything = jp.structure.unit_masks(graph, scores, sparsity=1.0)
+        assert all(min(s) > 0 for s in jp.structure.widths(graph, everything).values())
+
+    def test_works_with_masked_update(self, traced):
+        import optax
+
+        fn, params, x, graph = traced
+        masks = jp.structure.unit_masks(graph, jp.scores.magnitude(params), sparsity=0.5)
+        tx = jp.masked_update(optax.sgd(0.1), masks)
+        state = tx.init(params)
+        grads = jax.grad(lambda p: jnp.sum(fn(p, x)))(params)
+        updates, _ = tx.update(grads, state, params)
+        trained = optax.apply_updates(params, updates)
+        small_fn, small = jp.compact(fn, trained, masks, x)
+        assert_close(fn(trained, x), small_fn(small, x))
+
+    def test_bad_input(self, traced):
+        _, params, _, graph = traced
+        scores = jp.scores.magnitude(params)
+        for kw in ({}, {"sparsity": 0.5, "flops": 0.5}):
+            with pytest.raises(ValueError, match="expected one of"):
+                jp.structure.unit_masks(graph, scores, **kw)
+        with pytest.raises(ValueError, match="sparsity"):
+            jp.structure.unit_masks(graph, scores, sparsity=50)
+        with pytest.raises(ValueError, match="out of reach"):
+            jp.structure.unit_masks(graph, scores, flops=0.0)
+        with pytest.raises(ValueError, match="ignore"):
+            jp.structure.unit_masks(graph, scores, sparsity=0.5, ignore=["nothing"])
+        with pytest.raises(ValueError, match="scores"):
+            jp.structure.unit_masks(graph, {"w": jnp.ones(3)}, sparsity=0.5)
+
+
+def test_bad_masks():
+    fn, params, x = build("mlp")
+    with pytest.raises(ValueError, match="masks"):
+        jp.compact(fn, params, {"w": jnp.ones(3, bool)}, x)
+    nothing = jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
+    with pytest.raises(ValueError, match="nothing is left"):
+        jp.compact(fn, params, nothing, x)
+
+
+@pytest.mark.parametrize("name", ["mlp", "flatten_cnn", "residual", "depthwise"])
+def test_cost_agrees_with_xla(name):
+    fn, params, x = build(name)
+    analysis = jax.jit(fn).lower(params, x).cost_analysis()
+    assert jp.trace(fn, params, x).cost().flops == pytest.approx(analysis["flops"], rel=0.05)
+
+
+def test_cost_of_an_mlp():
+    params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
+    cost = jp.trace(lambda p, x: x @ p["a"] @ p["b"], params, normal(3, 4)).cost()
+    assert cost.macs == 3 * (4 * 8 + 8 * 2)
+    assert cost.flops == 2 * cost.macs
+    assert cost.param_bytes == 4 * 48
+    assert cost.activation_bytes == 4 * 3 * (8 + 2)
+    assert cost.table.row_count == 2
