@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from jaxprune.graph._couple import UNARY, Axes
+from jaxprune.graph._axes import Axes
+from jaxprune.graph._couple import UNARY
 from jaxprune.graph._program import Operation, Program
 
 _FREE = frozenset(
@@ -93,31 +94,61 @@ class Cost:
 
 
 def cost_of(
-    program: Program, axes: tuple[Axes, ...], n_params: int, removed: np.ndarray | None
+    program: Program,
+    axes: tuple[Axes, ...],
+    n_params: int,
+    removed: np.ndarray | None,
+    bodies: dict[tuple[int, ...], Any],
 ) -> Cost:
     """The cost of a program, at full size or without the removed ids."""
+    operations = _costs(program, axes, removed, bodies, ())
+    own = [_bytes(program, axes, removed, i) for i in program.inputs[:n_params]]
+    return Cost(tuple(operations), sum(own))
 
-    def shape(number: int) -> tuple[int, ...]:
-        full = tuple(program.avals[number].shape)
-        if removed is None:
-            return full
-        return tuple(
-            n - int(removed[ids].sum()) for n, ids in zip(full, axes[number].ids, strict=True)
+
+def _shape(
+    program: Program, axes: tuple[Axes, ...], removed: np.ndarray | None, number: int
+) -> tuple[int, ...]:
+    full = tuple(program.avals[number].shape)
+    if removed is None:
+        return full
+    return tuple(n - int(removed[ids].sum()) for n, ids in zip(full, axes[number].ids, strict=True))
+
+
+def _bytes(
+    program: Program, axes: tuple[Axes, ...], removed: np.ndarray | None, number: int
+) -> int:
+    dtype = program.avals[number].dtype
+    return _product(_shape(program, axes, removed, number)) * dtype.itemsize
+
+
+def _costs(
+    program: Program,
+    axes: tuple[Axes, ...],
+    removed: np.ndarray | None,
+    bodies: dict[tuple[int, ...], Any],
+    around: tuple[int, ...],
+) -> list[OperationCost]:
+    """Per operation; those in the body of a scan count once per turn."""
+    found = []
+    for op in program.operations:
+        place = (*around, *op.outs[:1])
+        if op.primitive.name == "scan" and place in bodies:
+            body, inner = bodies[place]
+            turns = op.params["length"]
+            for cost in _costs(body.program, inner, removed, bodies, place):
+                found.append(
+                    OperationCost(
+                        cost.name, turns * cost.flops, turns * cost.bytes_out, cost.source
+                    )
+                )
+            continue
+        ins, outs = (
+            [_shape(program, axes, removed, i) for i in group] for group in (op.ins, op.outs)
         )
-
-    def nbytes(number: int) -> int:
-        return int(np.prod(shape(number))) * program.avals[number].dtype.itemsize
-
-    found = tuple(
-        OperationCost(
-            op.primitive.name,
-            _flops(op, [shape(i) for i in op.ins], [shape(i) for i in op.outs]),
-            sum(nbytes(i) for i in op.outs),
-            op.source,
-        )
-        for op in program.operations
-    )
-    return Cost(found, sum(nbytes(i) for i in program.inputs[:n_params]))
+        size = sum(_bytes(program, axes, removed, i) for i in op.outs)
+        found.append(OperationCost(op.primitive.name, _flops(op, ins, outs), size, op.source))
+    return found
 
 
 def _flops(op: Operation, ins: list[tuple[int, ...]], outs: list[tuple[int, ...]]) -> float:

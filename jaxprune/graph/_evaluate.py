@@ -5,30 +5,71 @@ sizes have a rule here.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.graph._axes import Axes
+from jaxprune.graph._loops import Body, run_scan
 from jaxprune.graph._program import Operation, Program
 
 Kept = tuple[np.ndarray, ...]  # per axis the indices that are left
 
 
-def evaluate(program: Program, kept: list[Kept], inputs: list[Any]) -> list[Any]:
-    """The program's outputs.
+class Plan(NamedTuple):
+    """A program and what is left of its values.
 
-    Args:
+    Attributes:
       program: the full-size program.
       kept: per value and axis the indices that are left.
-      inputs: the arguments, parameters already at their small size.
+      bodies: bodies of loops and what is left of their values, by place.
     """
+
+    program: Program
+    kept: list[Kept]
+    bodies: dict[tuple[int, ...], tuple[Body, list[Kept]]]
+
+
+def plan_of(
+    program: Program,
+    axes: tuple[Axes, ...],
+    bodies: dict[tuple[int, ...], tuple[Body, tuple[Axes, ...]]],
+    removed: np.ndarray,
+) -> Plan:
+    """How to run a program without the removed ids."""
+    kept = lambda values: [tuple(np.flatnonzero(~removed[i]) for i in x.ids) for x in values]
+    inner = {place: (body, kept(values)) for place, (body, values) in bodies.items()}
+    return Plan(program, kept(axes), inner)
+
+
+def evaluate(plan: Plan, inputs: list[Any]) -> list[Any]:
+    """The program's outputs, from arguments of which the parameters have their small size."""
+    return _evaluate(plan.program, plan.kept, plan.bodies, (), inputs)
+
+
+def _evaluate(
+    program: Program,
+    kept: list[Kept],
+    bodies: dict[tuple[int, ...], tuple[Body, list[Kept]]],
+    around: tuple[int, ...],
+    inputs: list[Any],
+) -> list[Any]:
     values: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True))
     for number, value in program.constants.items():
         values[number] = _cut(value, kept[number])
     for operation in program.operations:
-        outs = _apply(program, operation, kept, [values[i] for i in operation.ins])
+        operands = [values[i] for i in operation.ins]
+        place = (*around, *operation.outs[:1])
+        if operation.primitive.name == "scan" and place in bodies:
+            body, inner = bodies[place]
+            turn = lambda *xs, body=body, inner=inner, place=place: _evaluate(
+                body.program, inner, bodies, place, list(xs)
+            )
+            outs = run_scan(operation.params, body, turn, operands)
+        else:
+            outs = _apply(program, operation, kept, operands)
         values.update(zip(operation.outs, outs, strict=True))
     return [values[i] for i in program.outputs]
 

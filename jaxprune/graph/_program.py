@@ -74,6 +74,14 @@ def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
     return program
 
 
+def open_program(jaxpr: Any) -> Program:
+    """A (closed) jaxpr as a program."""
+    program = Program()
+    program.inputs = [_new(program, var.aval) for var in _invars(jaxpr)]
+    program.outputs = _open(program, jaxpr, program.inputs)
+    return program
+
+
 def _new(program: Program, aval: Any) -> int:
     program.avals.append(aval)
     return len(program.avals) - 1

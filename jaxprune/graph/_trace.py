@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from jaxprune import _trees
 from jaxprune._types import Params
+from jaxprune.graph._axes import Axes, fresh_axes, frozen_axes, no_rule
 from jaxprune.graph._cost import Cost, cost_of
-from jaxprune.graph._couple import RULES, Axes, fresh_axes, frozen_axes, no_rule
+from jaxprune.graph._couple import RULES
+from jaxprune.graph._loops import scan_rule
 from jaxprune.graph._program import Program, trace_program
 from jaxprune.graph._units import Facts, Units
 
@@ -44,6 +47,7 @@ class Graph:
       program: the operations.
       axes: ids of each value of the program.
       units: the solved facts.
+      bodies: bodies of loops and their axes, by place.
     """
 
     paths: tuple[str, ...]
@@ -54,6 +58,7 @@ class Graph:
     program: Program
     axes: tuple[Axes, ...]
     units: Units
+    bodies: dict[tuple[int, ...], Any]
 
     def cost(self, removed: np.ndarray | None = None) -> Cost:
         """What a call costs: FLOPs, multiply-adds and bytes, per operation and in total.
@@ -61,16 +66,28 @@ class Graph:
         Args:
           removed: per id whether it is removed (`units.removed`); nothing by default.
         """
-        return cost_of(self.program, self.axes, len(self.paths), removed)
+        return cost_of(self.program, self.axes, len(self.paths), removed, self.bodies)
 
     @property
     def own(self) -> list[Axes]:
         """The axes of each parameter leaf."""
         return [self.axes[i] for i in self.program.inputs[: len(self.paths)]]
 
-    def removed_by(self, gone: np.ndarray) -> np.ndarray:
-        """Per id whether it goes, when the units flagged in `gone` go."""
-        return self.units.removed(gone)
+    @property
+    def table(self) -> Table:
+        """Groups, and frozen axes with their reasons, as a `rich` table."""
+        table = Table(title="Coupling graph")
+        for column in ("group", "units", "axes that shrink together, or why one cannot"):
+            table.add_column(column, overflow="fold")
+        for group in self.groups:
+            members = ", ".join(f"{path}[{axis}]" for path, axis in group.members)
+            table.add_row(group.name, str(group.size), members)
+        for (path, axis), reason in self.frozen:
+            table.add_row(f"{path}[{axis}]", "frozen", reason)
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table
 
 
 def trace(
@@ -114,7 +131,7 @@ def trace(
     numbers = program.inputs[: len(leaves)]
     shapes = tuple(tuple(np.shape(leaf)) for leaf in leaves)
     groups, frozen = _groups(paths, [axes[i] for i in numbers], units)
-    return Graph(tuple(paths), shapes, treedef, groups, frozen, program, axes, units)
+    return Graph(tuple(paths), shapes, treedef, groups, frozen, program, axes, units, facts.bodies)
 
 
 def couple(
@@ -128,32 +145,44 @@ def couple(
       facts: where facts are put.
       updated: which outputs are updated copies of which parameters, by position.
     """
-    found: dict[int, Axes] = {}
-    for position, number in enumerate(program.inputs):
-        shape = tuple(program.avals[number].shape)
-        is_param = position < n_params
-        found[number] = fresh_axes(facts, shape, zero=True) if is_param else frozen_axes(shape)
-    for number, value in program.constants.items():
-        known = fresh_axes(facts, tuple(np.shape(value)), zero=False)
-        found[number] = Axes(known.ids, known.zero, _number(value))
-    for operation in program.operations:
-        ins = [found[i] for i in operation.ins]
-        shapes = [tuple(program.avals[i].shape) for i in operation.outs]
-        name = operation.primitive.name
-        rule = RULES.get(name)
-        if rule is None:
-            outs = no_rule(facts, operation.params, operation.source, ins, shapes, name)
-        else:
-            outs = rule(facts, operation.params, operation.source, ins, shapes)
-        found.update(zip(operation.outs, outs, strict=True))
+    shapes = [tuple(program.avals[number].shape) for number in program.inputs]
+    ins = [
+        fresh_axes(facts, shape, zero=True) if position < n_params else frozen_axes(shape)
+        for position, shape in enumerate(shapes)
+    ]
+    found = walk(program, ins, facts)
     for position, number in enumerate(program.outputs):
         twin = updated.get(position)
         for axis, ids in enumerate(found[number].ids):
             if twin is None:
                 facts.freeze(ids, f"reaches output {position}")
             else:
-                facts.equate(ids, found[program.inputs[twin]].ids[axis])
+                facts.equate(ids, ins[twin].ids[axis])
+    return found
+
+
+def walk(program: Program, ins: list[Axes], facts: Facts) -> tuple[Axes, ...]:
+    """The axes of every value of a program, given those of its inputs."""
+    found = dict(zip(program.inputs, ins, strict=True))
+    for number, value in program.constants.items():
+        known = fresh_axes(facts, tuple(np.shape(value)), zero=False)
+        found[number] = Axes(known.ids, known.zero, _number(value))
+    around = facts.place
+    for operation in program.operations:
+        operands = [found[i] for i in operation.ins]
+        shapes = [tuple(program.avals[i].shape) for i in operation.outs]
+        name = operation.primitive.name
+        facts.place = (*around, *operation.outs[:1])
+        if name in _RULES:
+            outs = _RULES[name](facts, operation.params, operation.source, operands, shapes)
+        else:
+            outs = no_rule(facts, operation.params, operation.source, operands, shapes, name)
+        found.update(zip(operation.outs, outs, strict=True))
+    facts.place = around
     return tuple(found[i] for i in range(len(program.avals)))
+
+
+_RULES = {**RULES, "scan": scan_rule(walk)}
 
 
 def _number(value: Any) -> float | None:

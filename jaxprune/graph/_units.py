@@ -7,6 +7,7 @@ collected as arrays and solved once, by connected components; what is left are t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -23,6 +24,10 @@ class Facts:
         self.equal: list[tuple[np.ndarray, np.ndarray]] = []
         self.products: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.frozen: list[tuple[np.ndarray, int]] = []
+        self.bodies: dict[tuple[int, ...], Any] = {}  # loops: body and its axes, by place
+        self.place: tuple[
+            int, ...
+        ] = ()  # value numbers of the operation at hand and of those around it
         self.reasons: list[str] = ["tied to an axis of an input, or of an operation without a rule"]
 
     def fresh(self, n: int) -> np.ndarray:

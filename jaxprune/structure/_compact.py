@@ -16,6 +16,7 @@ from jaxprune.graph import (
     Units,
     couple,
     evaluate,
+    plan_of,
     trace,
     trace_program,
     updated_leaves,
@@ -147,15 +148,12 @@ def _small_fn(
                 for a, left in zip(own, kept, strict=True)
             ]
             removed = units.removed(gone_units(units, own, dead))
-            cache[key] = (
-                program,
-                [tuple(np.flatnonzero(~removed[ids]) for ids in a.ids) for a in axes],
-            )
+            cache[key] = plan_of(program, axes, facts.bodies, removed)
         return cache[key]
 
     def small_fn(params: Params, *args: Any, **kwargs: Any) -> Any:
-        program, left = plan(args, kwargs)
+        found = plan(args, kwargs)
         inputs = [*_trees.flatten(params)[1], *jax.tree.leaves((args, kwargs))]
-        return program.out_tree.unflatten(evaluate(program, left, inputs))
+        return found.program.out_tree.unflatten(evaluate(found, inputs))
 
     return small_fn

@@ -476,3 +476,65 @@ def windows_and_shifts():
         "out": (12, 5),
     }
     return fn, {k: jnp.ones(s) for k, s in shapes.items()}, IMAGE
+
+
+@network
+def gru_and_simple_cell():
+    def body(x):
+        y = nn.RNN(nn.GRUCell(8))(nn.Dense(6)(x))
+        return nn.Dense(3)(nn.RNN(nn.SimpleCell(10), reverse=True)(y))
+
+    return linen(body), SEQUENCE
+
+
+@network
+def scanned_layers():
+    def fn(p, x):
+        def block(y, w):
+            h = jax.nn.gelu((y - y.mean(-1, keepdims=True)) @ w["up"] + w["bias"])
+            return y + h @ w["down"], y.mean()
+
+        y, means = jax.lax.scan(block, x @ p["in"], p["layers"])
+        return y @ p["out"] + means.sum()
+
+    layers = {"up": jnp.ones((3, 6, 8)), "bias": jnp.ones((3, 8)), "down": jnp.ones((3, 8, 6))}
+    return fn, {"in": jnp.ones((10, 6)), "layers": layers, "out": jnp.ones((6, 4))}, SEQUENCE
+
+
+@network
+def scanned_residual_stream():
+    def fn(p, x):
+        def block(y, w):
+            return y + jax.nn.relu(y @ w["up"]) @ w["down"], None
+
+        y = jax.lax.scan(jax.checkpoint(block), jax.nn.relu(x @ p["in"]), p["layers"])[0]
+        return y @ p["out"]
+
+    layers = {"up": jnp.ones((3, 6, 8)), "down": jnp.ones((3, 8, 6))}
+    return fn, {"in": jnp.ones((10, 6)), "layers": layers, "out": jnp.ones((6, 4))}, SEQUENCE
+
+
+@network
+def carry_that_stops_being_zero():
+    """Zero at the start and when masked in the first turn, but not after the shift of a turn."""
+
+    def fn(p, x):
+        turn = lambda c, v: (jnp.tanh(c + v @ p["a"]) + 0.5, jnp.sum(jnp.square(c), -1))
+        c, sums = jax.lax.scan(turn, jnp.zeros((x.shape[1], 8)), x)
+        return c @ p["b"], sums
+
+    return fn, {"a": jnp.ones((10, 8)), "b": jnp.ones((8, 3))}, SEQUENCE
+
+
+@network
+def nested_scan_and_while():
+    def fn(p, x):
+        def outer(c, w):
+            inner = lambda d, v: (jnp.tanh(d @ w["a"] + v[..., None]), None)
+            return jax.lax.scan(inner, c, jnp.moveaxis(x, -1, 0))[0] @ w["b"], None
+
+        y = jax.lax.scan(outer, x @ p["in"], p["layers"])[0]
+        return jax.lax.fori_loop(0, 2, lambda _, v: v * 0.5, y @ p["out"])
+
+    layers = {"a": jnp.ones((2, 6, 6)), "b": jnp.ones((2, 6, 6))}
+    return fn, {"in": jnp.ones((10, 6)), "layers": layers, "out": jnp.ones((6, 4))}, SEQUENCE

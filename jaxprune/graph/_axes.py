@@ -1,0 +1,54 @@
+"""What is known of a value while a program is walked."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxprune.graph._units import FROZEN, Facts
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What is known of a value, axis by axis.
+
+    Attributes:
+      ids: per axis one id per index.
+      zero: per axis one bool per index: zero once its unit is masked.
+      value: the number that all entries have, where it is known.
+    """
+
+    ids: tuple[np.ndarray, ...]
+    zero: tuple[np.ndarray, ...]
+    value: float | None = None
+
+    @property
+    def is_zero(self) -> bool:
+        """The whole value is zero always."""
+        return self.value == 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the value."""
+        return tuple(len(x) for x in self.ids)
+
+
+def frozen_axes(shape: tuple[int, ...]) -> Axes:
+    """A value of which nothing shrinks."""
+    return Axes(tuple(np.full(n, FROZEN) for n in shape), tuple(np.zeros(n, bool) for n in shape))
+
+
+def fresh_axes(facts: Facts, shape: tuple[int, ...], *, zero: bool) -> Axes:
+    """A value whose indices are tied to nothing yet; axes of one entry never shrink."""
+    ids = tuple(facts.fresh(n) if n > 1 else np.full(n, FROZEN) for n in shape)
+    return Axes(ids, tuple(np.full(n, zero) for n in shape))
+
+
+def no_rule(
+    facts: Facts, params: Any, source: str, ins: list[Axes], outs: list[tuple[int, ...]], name: str
+) -> list[Axes]:
+    """Freezes all that the operation touches."""
+    for value in ins:
+        for ids in value.ids:
+            facts.freeze(ids, f"no rule for {name} at {source}")
+    return [frozen_axes(shape) for shape in outs]
