@@ -455,6 +455,88 @@ def _reverse(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> lis
     ]
 
 
+def _stack(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    ids, zero = _joined(facts, ins, range(len(ins[0].ids)))
+    axis, n = params["axis"] % len(outs[0]), len(ins)
+    ids.insert(axis, np.full(n, FROZEN))
+    zero.insert(axis, np.zeros(n, bool))
+    return [Axes(tuple(ids), tuple(zero))]
+
+
+def _joined(facts: Facts, ins: list[Axes], axes: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Ids and zeros of some axes along which operands go side by side."""
+    ids, zero = [], []
+    for axis in axes:
+        chosen = min((x.ids[axis] for x in ins), key=_variety)
+        for x in ins:
+            facts.equate(chosen, x.ids[axis])
+        ids.append(chosen)
+        zero.append(np.logical_and.reduce([x.zero[axis] | x.is_zero for x in ins]))
+    return ids, zero
+
+
+def _unstack(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x = ins[0]
+    axis = params["axis"] % len(x.ids)
+    facts.freeze(x.ids[axis], f"its entries are taken apart at {source}")
+    left = [i for i in range(len(x.ids)) if i != axis]
+    one = Axes(tuple(x.ids[i] for i in left), tuple(x.zero[i] for i in left), x.value)
+    return [one] * len(outs)
+
+
+def _tile(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x, reps = ins[0], params["reps"]
+    repeat = lambda values: tuple(np.tile(v, r) for v, r in zip(values, reps, strict=True))
+    return [Axes(repeat(x.ids), repeat(x.zero), x.value)]
+
+
+def _dynamic_slice(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x, ids, zero = ins[0], [], []
+    for axis, n in enumerate(outs[0]):
+        if n == x.shape[axis]:
+            ids.append(x.ids[axis])
+            zero.append(x.zero[axis])
+        else:
+            facts.freeze(x.ids[axis], f"sliced at a computed place at {source}")
+            ids.append(np.full(n, FROZEN))
+            zero.append(np.zeros(n, bool))
+    return [Axes(tuple(ids), tuple(zero))]
+
+
+def _dynamic_update(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x, new = ins[:2]
+    for axis in range(len(x.ids)):
+        if x.shape[axis] != new.shape[axis]:
+            for ids in (x.ids[axis], new.ids[axis]):
+                facts.freeze(ids, f"written at a computed place at {source}")
+    ids, zero = list(x.ids), [np.zeros(n, bool) for n in x.shape]
+    for axis in range(len(x.ids)):
+        if x.shape[axis] == new.shape[axis]:
+            (ids[axis],), (zero[axis],) = _joined(facts, [x, new], [axis])
+    return [Axes(tuple(ids), tuple(zero))]
+
+
+def _along(name: str) -> Rule:
+    """Operations along one axis, side by side on all others: sorts and cumulative sums."""
+
+    def rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+        axis = params["dimension"] if name == "sort" else params["axis"]
+        axis %= len(outs[0])
+        for x in ins:
+            facts.freeze(x.ids[axis], f"{name} runs along it at {source}")
+        ids, _ = _joined(facts, ins, range(len(outs[0])))
+        ids[axis] = np.full(outs[0][axis], FROZEN)
+        keeps = name != "cumlogsumexp"
+        found = []
+        for x in ins:
+            zero = [z & keeps for z in x.zero]
+            zero[axis] = np.zeros(outs[0][axis], bool)
+            found.append(Axes(tuple(ids), tuple(zero)))
+        return found
+
+    return rule
+
+
 RULES: dict[str, Rule] = {
     **{name: elementwise(name) for name in UNARY | BINARY},
     **{
@@ -488,6 +570,15 @@ RULES: dict[str, Rule] = {
     "reduce_window_sum": _window,
     "gather": _gather,
     "iota": _iota,
+    "stack": _stack,
+    "unstack": _unstack,
+    "tile": _tile,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update,
+    **{
+        name: _along(name)
+        for name in ("sort", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+    },
     "rev": _reverse,
 }
 """The table: add a primitive here, and its counterpart in `_evaluate.RULES` if it names sizes."""

@@ -167,6 +167,10 @@ def _gather(params: Any, before: Any, after: Any, operands: Any, primitive: Any)
     return primitive.bind(*operands, **_with(params, slice_sizes=sizes))
 
 
+def _dynamic_slice(params: Any, before: Any, after: Any, operands: Any, primitive: Any) -> Any:
+    return primitive.bind(*operands, **_with(params, slice_sizes=_sizes(after[0])))
+
+
 RULES: dict[str, Callable[..., Any]] = {
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
@@ -176,4 +180,5 @@ RULES: dict[str, Callable[..., Any]] = {
     "split": _split,
     "conv_general_dilated": _conv,
     "gather": _gather,
+    "dynamic_slice": _dynamic_slice,
 }

@@ -538,3 +538,25 @@ def nested_scan_and_while():
 
     layers = {"a": jnp.ones((2, 6, 6)), "b": jnp.ones((2, 6, 6))}
     return fn, {"in": jnp.ones((10, 6)), "layers": layers, "out": jnp.ones((6, 4))}, SEQUENCE
+
+
+@network
+def stacked_tiled_and_sorted():
+    def fn(p, x):
+        h = jax.nn.relu(x @ p["a"])
+        a, b = jnp.unstack(jnp.stack([h, 2 * h], 1), axis=1)
+        h = jnp.cumsum(jnp.sort(a + b, axis=1), axis=1)
+        h = jax.lax.dynamic_update_slice_in_dim(h, 0.5 * h[:, :2], jnp.int32(1), 1)
+        h = jax.lax.dynamic_slice_in_dim(h, jnp.int32(1), 3, 1)
+        return jnp.tile(h, (1, 2, 1)) @ p["b"] + jnp.repeat(h, 2, axis=1) @ p["b"]
+
+    return fn, {"a": jnp.ones((10, 8)), "b": jnp.ones((8, 3))}, SEQUENCE
+
+
+@network
+def repeated_channels():
+    fn = lambda p, x: (
+        jnp.repeat(jax.nn.relu(x @ p["a"]), 2, axis=-1) @ p["b"]
+        + jnp.tile(jnp.tanh(x @ p["c"]), (1, 2)) @ p["b"]
+    )
+    return fn, {"a": jnp.ones((5, 6)), "b": jnp.ones((12, 3)), "c": jnp.ones((5, 6))}, normal(2, 5)
