@@ -1,5 +1,6 @@
 """What is known of a value while a program is walked."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,3 +53,24 @@ def no_rule(
         for ids in value.ids:
             facts.freeze(ids, f"no rule for {name} at {source}")
     return [frozen_axes(shape) for shape in outs]
+
+
+Rule = Callable[[Facts, dict[str, Any], str, list[Axes], list[tuple[int, ...]]], list[Axes]]
+"""`(facts, params, source, operands, shapes of the results) -> results`."""
+
+
+def variety(ids: np.ndarray) -> int:
+    """Few ids first: repeated ids remember how an axis was merged."""
+    return len(np.unique(ids)) if ids.any() else -1
+
+
+def joined(facts: Facts, ins: list[Axes], axes: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Ids and zeros of some axes along which operands go side by side."""
+    ids, zero = [], []
+    for axis in axes:
+        chosen = min((x.ids[axis] for x in ins), key=variety)
+        for x in ins:
+            facts.equate(chosen, x.ids[axis])
+        ids.append(chosen)
+        zero.append(np.logical_and.reduce([x.zero[axis] | x.is_zero for x in ins]))
+    return ids, zero

@@ -7,7 +7,7 @@ import numpy as np
 from rich.table import Table
 
 from jaxprune.graph._axes import Axes
-from jaxprune.graph._couple import UNARY
+from jaxprune.graph._elementwise import UNARY
 from jaxprune.graph._program import Operation, Program
 
 _FREE = frozenset(

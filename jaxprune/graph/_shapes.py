@@ -1,0 +1,231 @@
+"""Rules of operations that move entries without mixing them: reshapes, slices, joins."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxprune.graph._axes import Axes, fresh_axes, joined, no_rule, variety
+from jaxprune.graph._units import FROZEN, Facts
+
+
+def broadcast_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    (x, *_), shape = ins, params["shape"]
+    where = {to: axis for axis, to in enumerate(params["broadcast_dimensions"])}
+    ids, zero = [], []
+    for to, n in enumerate(shape):
+        axis = where.get(to)
+        if axis is not None and x.shape[axis] == n:
+            ids.append(x.ids[axis])
+            zero.append(x.zero[axis])
+        else:
+            ids.append(facts.fresh(n) if n > 1 else np.full(n, FROZEN))
+            zero.append(np.full(n, False))
+    return [Axes(tuple(ids), tuple(zero), x.value)]
+
+
+def transpose_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    order = params["permutation"]
+    x = ins[0]
+    return [Axes(tuple(x.ids[i] for i in order), tuple(x.zero[i] for i in order), x.value)]
+
+
+def squeeze_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x = ins[0]
+    left = [i for i in range(len(x.ids)) if i not in params["dimensions"]]
+    for i in params["dimensions"]:
+        facts.freeze(x.ids[i], f"one entry is picked at {source}")
+    return [Axes(tuple(x.ids[i] for i in left), tuple(x.zero[i] for i in left), x.value)]
+
+
+def blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """How a reshape maps axes: minimal runs of axes with equal products."""
+    found, i, j = [], 0, 0
+    while i < len(before) or j < len(after):
+        a, b = [], []
+        left = right = 1
+        if i < len(before):
+            a, left, i = [i], before[i], i + 1
+        if j < len(after):
+            b, right, j = [j], after[j], j + 1
+        while left != right:
+            if left < right:
+                a.append(i)
+                left, i = left * before[i], i + 1
+            else:
+                b.append(j)
+                right, j = right * after[j], j + 1
+        found.append((a, b))
+    return found
+
+
+def reshape_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x, shape = ins[0], outs[0]
+    if params.get("dimensions") is not None or 0 in shape:
+        return no_rule(facts, params, source, ins[:1], outs, "reshape with dimensions")
+    ids: dict[int, np.ndarray] = {}
+    zero: dict[int, np.ndarray] = {}
+    for before, after in blocks(x.shape, shape):
+        merged, flags = np.full(1, FROZEN), np.ones(1, bool)
+        for axis in before:
+            merged, flags = _merge(facts, merged, flags, x.ids[axis], x.zero[axis])
+        for k, axis in enumerate(after):
+            rest = int(np.prod([shape[i] for i in after[k + 1 :]], dtype=int))
+            ids[axis], zero[axis], merged, flags = _split(facts, merged, flags, shape[axis], rest)
+    order = range(len(shape))
+    return [Axes(tuple(ids[i] for i in order), tuple(zero[i] for i in order), x.value)]
+
+
+def _merge(
+    facts: Facts, a: np.ndarray, za: np.ndarray, b: np.ndarray, zb: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The axis that runs through `b` within each index of `a`."""
+    rows, columns = np.repeat(a, len(b)), np.tile(b, len(a))
+    zrows, zcolumns = np.repeat(za, len(b)), np.tile(zb, len(a))
+    if not a.any():
+        return columns, zcolumns
+    if not b.any():
+        return rows, zrows
+    ids = facts.fresh(len(rows))
+    facts.product(ids, rows, columns)
+    return ids, (zrows | (rows == FROZEN)) & (zcolumns | (columns == FROZEN))
+
+
+def _split(
+    facts: Facts, ids: np.ndarray, zero: np.ndarray, n: int, rest: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The outer axis of `n` entries, and what is left within it. Inverse of `_merge`."""
+    table, flags = ids.reshape(n, rest), zero.reshape(n, rest)
+    zrows, zcolumns = np.asarray(flags.all(1)), np.asarray(flags.all(0))
+    frozen = lambda m: (np.full(m, FROZEN), np.zeros(m, bool))
+    if rest == 1:
+        return ids, zero, *frozen(1)
+    if n == 1 or (table == table[:1]).all():  # the same ids in every row
+        return *frozen(n), table[0], zcolumns
+    if (table == table[:, :1]).all():
+        return table[:, 0], zrows, *frozen(rest)
+    rows, columns = facts.fresh(n), facts.fresh(rest)
+    facts.product(ids, np.repeat(rows, rest), np.tile(columns, n))
+    return rows, zrows, columns, zcolumns
+
+
+def concatenate_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    axis = params["dimension"]
+    ids, zero = [], []
+    for i in range(len(outs[0])):
+        parts, flags = [x.ids[i] for x in ins], [x.zero[i] | x.is_zero for x in ins]
+        if i == axis:
+            ids.append(np.concatenate(parts))
+            zero.append(np.concatenate(flags))
+        else:
+            chosen = min(parts, key=variety)
+            for part in parts:
+                facts.equate(chosen, part)
+            ids.append(chosen)
+            zero.append(np.logical_and.reduce(flags))
+    return [Axes(tuple(ids), tuple(zero), 0.0 if all(x.is_zero for x in ins) else None)]
+
+
+def slice_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x = ins[0]
+    strides = params["strides"] or (1,) * len(x.ids)
+    cut = [
+        slice(a, b, s)
+        for a, b, s in zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    ]
+    ids = tuple(v[c] for v, c in zip(x.ids, cut, strict=True))
+    zero = tuple(v[c] for v, c in zip(x.zero, cut, strict=True))
+    return [Axes(ids, zero, x.value)]
+
+
+def split_op_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x, axis, found, start = ins[0], params["axis"], [], 0
+    for size in params["sizes"]:
+        cut = [slice(None)] * len(x.ids)
+        cut[axis] = slice(start, start + size)
+        start += size
+        found.append(
+            Axes(
+                tuple(v[c] for v, c in zip(x.ids, cut, strict=True)),
+                tuple(v[c] for v, c in zip(x.zero, cut, strict=True)),
+                x.value,
+            )
+        )
+    return found
+
+
+def pad_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x, ids, zero = ins[0], [], []
+    for axis, config in enumerate(params["padding_config"]):
+        if config == (0, 0, 0):
+            ids.append(x.ids[axis])
+            zero.append(x.zero[axis] & ins[1].is_zero)
+        else:
+            facts.freeze(x.ids[axis], f"padded at {source}")
+            ids.append(np.full(outs[0][axis], FROZEN))
+            zero.append(np.zeros(outs[0][axis], bool))
+    return [Axes(tuple(ids), tuple(zero))]
+
+
+def iota_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    return [fresh_axes(facts, outs[0], zero=False)]
+
+
+def reverse_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x = ins[0]
+    turn = lambda v, i: v[::-1] if i in params["dimensions"] else v
+    return [
+        Axes(
+            tuple(turn(v, i) for i, v in enumerate(x.ids)),
+            tuple(turn(v, i) for i, v in enumerate(x.zero)),
+            x.value,
+        )
+    ]
+
+
+def stack_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    ids, zero = joined(facts, ins, range(len(ins[0].ids)))
+    axis, n = params["axis"] % len(outs[0]), len(ins)
+    ids.insert(axis, np.full(n, FROZEN))
+    zero.insert(axis, np.zeros(n, bool))
+    return [Axes(tuple(ids), tuple(zero))]
+
+
+def unstack_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x = ins[0]
+    axis = params["axis"] % len(x.ids)
+    facts.freeze(x.ids[axis], f"its entries are taken apart at {source}")
+    left = [i for i in range(len(x.ids)) if i != axis]
+    one = Axes(tuple(x.ids[i] for i in left), tuple(x.zero[i] for i in left), x.value)
+    return [one] * len(outs)
+
+
+def tile_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x, reps = ins[0], params["reps"]
+    repeat = lambda values: tuple(np.tile(v, r) for v, r in zip(values, reps, strict=True))
+    return [Axes(repeat(x.ids), repeat(x.zero), x.value)]
+
+
+def dynamic_slice_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x, ids, zero = ins[0], [], []
+    for axis, n in enumerate(outs[0]):
+        if n == x.shape[axis]:
+            ids.append(x.ids[axis])
+            zero.append(x.zero[axis])
+        else:
+            facts.freeze(x.ids[axis], f"sliced at a computed place at {source}")
+            ids.append(np.full(n, FROZEN))
+            zero.append(np.zeros(n, bool))
+    return [Axes(tuple(ids), tuple(zero))]
+
+
+def dynamic_update_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x, new = ins[:2]
+    for axis in range(len(x.ids)):
+        if x.shape[axis] != new.shape[axis]:
+            for ids in (x.ids[axis], new.ids[axis]):
+                facts.freeze(ids, f"written at a computed place at {source}")
+    ids, zero = list(x.ids), [np.zeros(n, bool) for n in x.shape]
+    for axis in range(len(x.ids)):
+        if x.shape[axis] == new.shape[axis]:
+            (ids[axis],), (zero[axis],) = joined(facts, [x, new], [axis])
+    return [Axes(tuple(ids), tuple(zero))]
