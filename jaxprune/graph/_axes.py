@@ -74,3 +74,19 @@ def joined(facts: Facts, ins: list[Axes], axes: Any) -> tuple[list[np.ndarray], 
         ids.append(chosen)
         zero.append(np.logical_and.reduce([x.zero[axis] | x.is_zero for x in ins]))
     return ids, zero
+
+
+def passed_or_frozen(
+    facts: Facts, x: Axes, shape: tuple[int, ...], passes: list[bool], reason: str
+) -> Axes:
+    """A result of `shape` whose axes are those of `x` where they pass; the others freeze."""
+    ids, zero = [], []
+    for axis, n in enumerate(shape):
+        if passes[axis]:
+            ids.append(x.ids[axis])
+            zero.append(x.zero[axis])
+        else:
+            facts.freeze(x.ids[axis], reason)
+            ids.append(np.full(n, FROZEN))
+            zero.append(np.zeros(n, bool))
+    return Axes(tuple(ids), tuple(zero))

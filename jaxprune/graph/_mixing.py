@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.graph._axes import Axes, Rule, joined, no_rule, variety
+from jaxprune.graph._axes import Axes, Rule, joined, no_rule, passed_or_frozen, variety
 from jaxprune.graph._units import FROZEN, Facts
 
 
@@ -93,20 +93,17 @@ def conv_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> li
 
 
 def window_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
-    x, ids, zero = ins[0], [], []
+    x = ins[0]
     rank = len(x.ids)
     settings = [params.get(k) or (1,) * rank for k in ("window_strides", "base_dilation")]
     padding = params.get("padding") or ((0, 0),) * rank
-    for axis in range(rank):
-        still = params["window_dimensions"][axis] == 1 and tuple(padding[axis]) == (0, 0)
-        if still and all(s[axis] == 1 for s in settings):
-            ids.append(x.ids[axis])
-            zero.append(x.zero[axis])
-        else:
-            facts.freeze(x.ids[axis], f"a window moves along it at {source}")
-            ids.append(np.full(outs[0][axis], FROZEN))
-            zero.append(np.zeros(outs[0][axis], bool))
-    return [Axes(tuple(ids), tuple(zero))]
+    still = [
+        params["window_dimensions"][axis] == 1
+        and tuple(padding[axis]) == (0, 0)
+        and all(s[axis] == 1 for s in settings)
+        for axis in range(rank)
+    ]
+    return [passed_or_frozen(facts, x, outs[0], still, f"a window moves along it at {source}")]
 
 
 def gather_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:

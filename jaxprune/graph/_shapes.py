@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.graph._axes import Axes, fresh_axes, joined, no_rule, variety
+from jaxprune.graph._axes import Axes, fresh_axes, joined, no_rule, passed_or_frozen, variety
 from jaxprune.graph._units import FROZEN, Facts
 
 
@@ -154,16 +154,9 @@ def split_op_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -
 
 
 def pad_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
-    x, ids, zero = ins[0], [], []
-    for axis, config in enumerate(params["padding_config"]):
-        if config == (0, 0, 0):
-            ids.append(x.ids[axis])
-            zero.append(x.zero[axis] & ins[1].is_zero)
-        else:
-            facts.freeze(x.ids[axis], f"padded at {source}")
-            ids.append(np.full(outs[0][axis], FROZEN))
-            zero.append(np.zeros(outs[0][axis], bool))
-    return [Axes(tuple(ids), tuple(zero))]
+    untouched = [config == (0, 0, 0) for config in params["padding_config"]]
+    y = passed_or_frozen(facts, ins[0], outs[0], untouched, f"padded at {source}")
+    return [Axes(y.ids, tuple(z & ins[1].is_zero for z in y.zero))]
 
 
 def iota_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
@@ -206,16 +199,10 @@ def tile_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> li
 
 
 def dynamic_slice_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
-    x, ids, zero = ins[0], [], []
-    for axis, n in enumerate(outs[0]):
-        if n == x.shape[axis]:
-            ids.append(x.ids[axis])
-            zero.append(x.zero[axis])
-        else:
-            facts.freeze(x.ids[axis], f"sliced at a computed place at {source}")
-            ids.append(np.full(n, FROZEN))
-            zero.append(np.zeros(n, bool))
-    return [Axes(tuple(ids), tuple(zero))]
+    x = ins[0]
+    whole = [n == full for n, full in zip(outs[0], x.shape, strict=True)]
+    reason = f"sliced at a computed place at {source}"
+    return [passed_or_frozen(facts, x, outs[0], whole, reason)]
 
 
 def dynamic_update_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:

@@ -11,15 +11,11 @@ from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params
 from jaxprune.graph import (
     Axes,
-    Facts,
     Graph,
     Units,
-    couple,
     evaluate,
     plan_of,
     trace,
-    trace_program,
-    updated_leaves,
 )
 
 
@@ -128,27 +124,22 @@ def _small_fn(
     updates: Callable[[Any], Any] | None,
 ) -> Callable[..., Any]:
     """`fn` at smaller sizes; traced anew, and coupled anew, for each shape of inputs."""
-    paths = _trees.leaf_paths(full)
     cache: dict[Any, Any] = {}
 
     def plan(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs))
         key = (treedef, tuple((np.shape(x), jnp.result_type(x)) for x in leaves))
         if key not in cache:
-            program = trace_program(fn, full, *args, **kwargs)
-            facts = Facts()
-            axes = couple(program, len(kept), facts, updated_leaves(program, paths, updates))
-            units = facts.solve()
-            own = [axes[i] for i in program.inputs[: len(kept)]]
+            graph = trace(fn, full, *args, updates=updates, **kwargs)
             dead = [
                 [
                     ~np.isin(np.arange(len(ids)), index)
                     for ids, index in zip(a.ids, left, strict=True)
                 ]
-                for a, left in zip(own, kept, strict=True)
+                for a, left in zip(graph.own, kept, strict=True)
             ]
-            removed = units.removed(gone_units(units, own, dead))
-            cache[key] = plan_of(program, axes, facts.bodies, removed)
+            removed = graph.units.removed(gone_units(graph.units, graph.own, dead))
+            cache[key] = plan_of(graph.program, graph.axes, graph.bodies, removed)
         return cache[key]
 
     def small_fn(params: Params, *args: Any, **kwargs: Any) -> Any:
