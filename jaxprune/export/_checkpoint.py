@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from jaxprune.export._structure import decode, encode
 _MANIFEST = "manifest.json"
 _FORMAT, _VERSION = "jaxprune", 1
 _CHUNK = 1 << 22
+_ATTEMPTS = 100
 
 
 def save(path: str | Path, tree: PyTree, *, overwrite: bool = False) -> Path:
@@ -73,9 +75,18 @@ def save(path: str | Path, tree: PyTree, *, overwrite: bool = False) -> Path:
         os.chmod(work, 0o755)
         _replace(work, path)
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
+        _discard(work)
         raise
     return path
+
+
+def _discard(folder: Path) -> None:
+    """Removes a folder into which threads of a failed save may still be writing."""
+    for _ in range(_ATTEMPTS):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+        if not folder.exists():
+            return
 
 
 def _stored(array: Any) -> Any:

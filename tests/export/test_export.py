@@ -1,7 +1,10 @@
-import json
+import contextlib
 import os
+import pathlib
 import subprocess
 import sys
+import threading
+import time
 from typing import NamedTuple
 
 import chex
@@ -9,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -106,13 +110,38 @@ def test_existing_paths(params, tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_nothing_half_written(params, tmp_path, monkeypatch, overwrite):
+@pytest.mark.parametrize("step", ["arrays", "manifest", "rename"])
+def test_nothing_half_written(params, tmp_path, monkeypatch, overwrite, step):
     if overwrite:
         jp.export.save(tmp_path / "x", params)
-    monkeypatch.setattr(json, "dumps", lambda *_: 1 / 0)
+    stragglers = []
+
+    def fail(*_, **__):
+        raise ZeroDivisionError
+
+    def fail_while_a_thread_writes(self, folder, _):
+        def write():
+            for i in range(20):
+                with contextlib.suppress(OSError):
+                    folder.mkdir(exist_ok=True)
+                    (folder / str(i)).write_text("late")
+                time.sleep(0.005)
+
+        stragglers.append(threading.Thread(target=write))
+        stragglers[0].start()
+        raise ZeroDivisionError
+
+    if step == "arrays":
+        monkeypatch.setattr(ocp.StandardCheckpointer, "save", fail_while_a_thread_writes)
+    elif step == "manifest":
+        monkeypatch.setattr(pathlib.Path, "write_text", fail)
+    else:
+        monkeypatch.setattr(jp.export._checkpoint, "_replace", fail)
     with pytest.raises(ZeroDivisionError):
         jp.export.save(tmp_path / "x", {"w": jnp.ones(2)}, overwrite=True)
     monkeypatch.undo()
+    for thread in stragglers:
+        thread.join()
     assert os.listdir(tmp_path) == (["x"] if overwrite else [])
     if overwrite:
         same(jp.export.load(tmp_path / "x"), params)
