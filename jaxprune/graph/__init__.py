@@ -2,9 +2,11 @@
 
 from jaxprune.graph._axes import Axes
 from jaxprune.graph._cost import Cost
-from jaxprune.graph._evaluate import evaluate, plan_of
-from jaxprune.graph._program import Program, trace_program
-from jaxprune.graph._trace import Graph, Group, couple, trace, updated_leaves
-from jaxprune.graph._units import Facts, Units
+from jaxprune.graph._evaluate import Plan, evaluate, observe
+from jaxprune.graph._program import Operation, Program
+from jaxprune.graph._reduce import Reduced, reduced
+from jaxprune.graph._removal import Removal, removal_of
+from jaxprune.graph._trace import Graph, Group, trace
+from jaxprune.graph._units import Units
 
-__all__ = ["Axes", "Cost", "Facts", "Graph", "Group", "Program", "Units"]
+__all__ = ["Axes", "Cost", "Graph", "Group", "Operation", "Program", "Units"]

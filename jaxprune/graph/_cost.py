@@ -8,6 +8,7 @@ from rich.table import Table
 
 from jaxprune.graph._axes import Axes
 from jaxprune.graph._elementwise import UNARY
+from jaxprune.graph._nested import inside, split_scan
 from jaxprune.graph._program import Operation, Program
 
 _FREE = frozenset(
@@ -30,6 +31,7 @@ _FREE = frozenset(
         "select_n",
         "dynamic_slice",
         "optimization_barrier",
+        "scatter",
     ]
 )
 _COSTLY = UNARY - _FREE - {"abs", "neg", "square", "integer_pow", "sign", "floor", "ceil", "not"}
@@ -133,15 +135,8 @@ def _costs(
     found = []
     for op in program.operations:
         place = (*around, *op.outs[:1])
-        if op.primitive.name == "scan" and place in bodies:
-            body, inner = bodies[place]
-            turns = op.params["length"]
-            for cost in _costs(body.program, inner, removed, bodies, place):
-                found.append(
-                    OperationCost(
-                        cost.name, turns * cost.flops, turns * cost.bytes_out, cost.source
-                    )
-                )
+        if inside(place, 0) in bodies:
+            found += _nested_costs(program, axes, op, removed, bodies, place)
             continue
         ins, outs = (
             [_shape(program, axes, removed, i) for i in group] for group in (op.ins, op.outs)
@@ -149,6 +144,33 @@ def _costs(
         size = sum(_bytes(program, axes, removed, i) for i in op.outs)
         found.append(OperationCost(op.primitive.name, _flops(op, ins, outs), size, op.source))
     return found
+
+
+def _nested_costs(
+    program: Program,
+    axes: tuple[Axes, ...],
+    op: Operation,
+    removed: np.ndarray | None,
+    bodies: dict[tuple[int, ...], Any],
+    place: tuple[int, ...],
+) -> list[OperationCost]:
+    """Inner programs: every turn of a scan, one of a while loop, the costliest of branches."""
+    name, turns = op.primitive.name, 1
+    inners, which = [], 0
+    while (at := inside(place, which)) in bodies:
+        inner = bodies[at]
+        inners.append(_costs(inner.program, inner.axes, removed, bodies, at))
+        which += 1
+    if name == "scan":
+        scanned = op.ins[sum(split_scan(op.params)) :]
+        turns = _shape(program, axes, removed, scanned[0])[0] if scanned else op.params["length"]
+    if name == "cond":
+        inners = [max(inners, key=lambda costs: sum(cost.flops for cost in costs))]
+    return [
+        OperationCost(cost.name, turns * cost.flops, turns * cost.bytes_out, cost.source)
+        for costs in inners
+        for cost in costs
+    ]
 
 
 def _flops(op: Operation, ins: list[tuple[int, ...]], outs: list[tuple[int, ...]]) -> float:

@@ -8,20 +8,25 @@ freezes what it touches.
 
 from jaxprune.graph._axes import Rule
 from jaxprune.graph._elementwise import BINARY, UNARY, elementwise
+from jaxprune.graph._indexing import (
+    dynamic_slice_rule,
+    dynamic_update_rule,
+    gather_rule,
+    leading_rule,
+    scatter_rule,
+    top_k_rule,
+)
 from jaxprune.graph._mixing import (
     along_rule,
     conv_rule,
     dot_rule,
-    gather_rule,
     reduce_rule,
     window_rule,
 )
 from jaxprune.graph._shapes import (
     broadcast_rule,
     concatenate_rule,
-    dynamic_slice_rule,
-    dynamic_update_rule,
-    iota_rule,
+    generated_rule,
     pad_rule,
     reshape_rule,
     reverse_rule,
@@ -48,6 +53,7 @@ RULES: dict[str, Rule] = {
                 "reduce_or",
                 "argmax",
                 "argmin",
+                "reduce_xor",
             ]
         )
     },
@@ -65,8 +71,32 @@ RULES: dict[str, Rule] = {
     "reduce_window_max": window_rule,
     "reduce_window_min": window_rule,
     "reduce_window_sum": window_rule,
+    "select_and_scatter_add": window_rule,
+    "select_and_gather_add": window_rule,
     "gather": gather_rule,
-    "iota": iota_rule,
+    **{
+        f"scatter{kind}": scatter_rule(f"scatter{kind}")
+        for kind in ("", "-add", "_add", "-mul", "_mul", "-min", "_min", "-max", "_max", "-sub", "_sub")
+    },
+    "top_k": top_k_rule,
+    "approx_top_k": top_k_rule,
+    **{name: generated_rule for name in ("iota", "random_bits", "rng_uniform", "empty2")},
+    **{
+        name: leading_rule(name, last)
+        for name, last in {
+            "cholesky": 2,
+            "lu": 2,
+            "qr": 2,
+            "householder_product": 2,
+            "triangular_solve": 2,
+            "eigh": 2,
+            "eig": 2,
+            "svd": 2,
+            "schur": 2,
+            "hessenberg": 2,
+            "tridiagonal": 2,
+        }.items()
+    },
     "stack": stack_rule,
     "unstack": unstack_rule,
     "tile": tile_rule,

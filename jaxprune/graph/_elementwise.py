@@ -40,6 +40,14 @@ ZERO_PRESERVING = frozenset(
         "tan",
         "tanh",
         "optimization_barrier",
+        "name",
+        "device_put",
+        "sharding_constraint",
+        "layout_constraint",
+        "mesh_cast",
+        "reshard",
+        "pvary",
+        "pcast",
     ]
 )
 UNARY = ZERO_PRESERVING | frozenset(
@@ -62,6 +70,8 @@ UNARY = ZERO_PRESERVING | frozenset(
         "population_count",
         "rsqrt",
         "one_minus_square",
+        "bessel_i1e",
+        "clz",
     ]
 )
 ALL_ZERO = frozenset(
@@ -87,6 +97,16 @@ BINARY = (
             "shift_right_logical",
             "shift_right_arithmetic",
             "complex",
+            "polygamma",
+            "zeta",
+            "igamma",
+            "igammac",
+            "igamma_grad_a",
+            "random_gamma_grad",
+            "regularized_incomplete_beta",
+            "eq_to",
+            "le_to",
+            "lt_to",
         ]
     )
 )
@@ -98,6 +118,8 @@ def elementwise(name: str) -> Rule:
     def rule(
         facts: Facts, params: Any, source: str, ins: list[Axes], outs: list[tuple[int, ...]]
     ) -> list[Axes]:
+        if len(outs) > 1:  # several values side by side, each passed on
+            return [Axes(x.ids, x.zero, x.value) for x in ins]
         shape = outs[0]
         ids, zero = [], []
         for axis, n in enumerate(shape):
@@ -112,12 +134,15 @@ def elementwise(name: str) -> Rule:
             ]
             zero.append(_zero_of(name, params, flags, [x.value for x in ins]))
         known = ins[0].value if name in _SAME_VALUE else None
+        whole = [np.array([x.is_zero]) for x in ins]
+        if known is None and _zero_of(name, params, whole, [x.value for x in ins])[0]:
+            known = 0.0
         return [Axes(tuple(ids), tuple(zero), known)]
 
     return rule
 
 
-_SAME_VALUE = ("convert_element_type", "copy", "stop_gradient", "optimization_barrier")
+_SAME_VALUE = ("convert_element_type", "copy", "stop_gradient", "name", "sharding_constraint")
 
 
 def _zero_of(

@@ -12,10 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph._axes import Axes
-from jaxprune.graph._loops import Body, run_scan
+from jaxprune.graph._nested import RUN, Inner, inside
 from jaxprune.graph._program import Operation, Program
+from jaxprune.graph._vanish import Work, all_work
 
 Kept = tuple[np.ndarray, ...]  # per axis the indices that are left
+
+
+Hook = Callable[[Operation, list[Any], list[Any]], list[Any]]
+"""`(operation, operands, results) -> results`."""
 
 
 class Plan(NamedTuple):
@@ -23,55 +28,106 @@ class Plan(NamedTuple):
 
     Attributes:
       program: the full-size program.
+      work: which of its operations run.
       kept: per value and axis the indices that are left.
-      bodies: bodies of loops and what is left of their values, by place.
+      bodies: programs within operations, and what is left of their values, by place.
     """
 
     program: Program
+    work: Work
     kept: list[Kept]
-    bodies: dict[tuple[int, ...], tuple[Body, list[Kept]]]
+    bodies: dict[tuple[int, ...], tuple[Program, list[Kept]]]
 
 
 def plan_of(
     program: Program,
     axes: tuple[Axes, ...],
-    bodies: dict[tuple[int, ...], tuple[Body, tuple[Axes, ...]]],
+    bodies: dict[tuple[int, ...], Inner],
     removed: np.ndarray,
+    work: Work | None = None,
 ) -> Plan:
     """How to run a program without the removed ids."""
     kept = lambda values: [tuple(np.flatnonzero(~removed[i]) for i in x.ids) for x in values]
-    inner = {place: (body, kept(values)) for place, (body, values) in bodies.items()}
-    return Plan(program, kept(axes), inner)
+    inner = {place: (body.program, kept(body.axes)) for place, body in bodies.items()}
+    return Plan(program, work or all_work(program), kept(axes), inner)
 
 
 def evaluate(plan: Plan, inputs: list[Any]) -> list[Any]:
     """The program's outputs, from arguments of which the parameters have their small size."""
-    return _evaluate(plan.program, plan.kept, plan.bodies, (), inputs)
+    return _evaluate(plan.program, plan.work, plan.kept, plan.bodies, (), inputs)
+
+
+def observe(program: Program, inputs: list[Any], hook: Hook) -> list[Any]:
+    """Runs a program at full size, each operation followed by `hook`, which may replace its results."""
+    values = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
+    for operation in program.operations:
+        operands = [values[i] for i in operation.ins]
+        relu = operation.is_relu
+        outs = [jax.nn.relu(operands[0])] if relu else _bind(operation, operands)
+        values.update(zip(operation.outs, hook(operation, operands, outs), strict=True))
+    return [values[i] for i in program.outputs]
 
 
 def _evaluate(
     program: Program,
+    work: Work,
     kept: list[Kept],
-    bodies: dict[tuple[int, ...], tuple[Body, list[Kept]]],
+    bodies: dict[tuple[int, ...], tuple[Program, list[Kept]]],
     around: tuple[int, ...],
     inputs: list[Any],
 ) -> list[Any]:
     values: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True))
-    for number, value in program.constants.items():
-        values[number] = _cut(value, kept[number])
-    for operation in program.operations:
-        operands = [values[i] for i in operation.ins]
+
+    def read(number: int) -> Any:
+        number = work.same.get(number, number)
+        if number in work.zero:
+            return jnp.zeros(_sizes(kept[number]), program.avals[number].dtype)
+        if number not in values:
+            values[number] = _cut(program.constants[number], kept[number])
+        return values[number]
+
+    for operation in work.operations:
+        operands = [read(i) for i in operation.ins]
         place = (*around, *operation.outs[:1])
-        if operation.primitive.name == "scan" and place in bodies:
-            body, inner = bodies[place]
-            turn = lambda *xs, body=body, inner=inner, place=place: _evaluate(
-                body.program, inner, bodies, place, list(xs)
-            )
-            outs = run_scan(operation.params, body, turn, operands)
+        run = RUN.get(operation.primitive.name)
+        if run is not None and inside(place, 0) in bodies:
+            outs = run(operation.params, _turns(bodies, place), operands)
+        elif inside(place, 0) in bodies:
+            outs = _at_full_size(program, operation, kept, operands)
         else:
             outs = _apply(program, operation, kept, operands)
         values.update(zip(operation.outs, outs, strict=True))
-    return [values[i] for i in program.outputs]
+    return [read(i) for i in program.outputs]
+
+
+def _turns(
+    bodies: dict[tuple[int, ...], tuple[Program, list[Kept]]], place: tuple[int, ...]
+) -> list[Callable[..., list[Any]]]:
+    """The inner programs of an operation as functions."""
+    found: list[Callable[..., list[Any]]] = []
+    while (at := inside(place, len(found))) in bodies:
+        program, kept = bodies[at]
+        found.append(
+            lambda *xs, program=program, kept=kept, at=at: _evaluate(
+                program, all_work(program), kept, bodies, at, list(xs)
+            )
+        )
+    return found
+
+
+def _at_full_size(
+    program: Program, operation: Operation, kept: list[Kept], operands: list[Any]
+) -> list[Any]:
+    """Operands spread to their full size, zeros between, and the results cut."""
+    full = [_spread(x, kept[i], program.avals[i]) for x, i in zip(operands, operation.ins, strict=True)]
+    outs = _bind(operation, full)
+    return [_cut(x, kept[i]) for x, i in zip(outs, operation.outs, strict=True)]
+
+
+def _spread(x: Any, kept: Kept, aval: Any) -> Any:
+    if np.shape(x) == aval.shape:
+        return x
+    return jnp.zeros(aval.shape, aval.dtype).at[np.ix_(*kept)].set(x)
 
 
 def _cut(value: Any, kept: Kept) -> Any:
@@ -84,21 +140,29 @@ def _cut(value: Any, kept: Kept) -> Any:
 def _apply(
     program: Program, operation: Operation, kept: list[Kept], operands: list[Any]
 ) -> list[Any]:
-    params = operation.params
+    avals = [program.avals[i] for i in operation.outs]
+    after = [kept[i] for i in operation.outs]
     if operation.is_relu:
         return [jax.nn.relu(operands[0])]
+    if avals and all(0 in _sizes(k) for k in after) and not operation.effects:
+        return [jnp.zeros(_sizes(k), a.dtype) for k, a in zip(after, avals, strict=True)]
+    before = [kept[i] for i in operation.ins]
+    shrunk = lambda numbers, keeps: any(
+        _sizes(k) != tuple(program.avals[i].shape) for i, k in zip(numbers, keeps, strict=True)
+    )
+    less_in, less_out = shrunk(operation.ins, before), shrunk(operation.outs, after)
     rule = RULES.get(operation.primitive.name)
-    if rule is not None:
-        before = [kept[i] for i in operation.ins]
-        after = [kept[i] for i in operation.outs]
-        if any(
-            len(index) < n
-            for number in (*operation.ins, *operation.outs)
-            for index, n in zip(kept[number], program.avals[number].shape, strict=True)
-        ):
-            result = rule(params, before, after, operands, operation.primitive)
-            return result if isinstance(result, list) else [result]
-    bound = operation.primitive.get_bind_params(params)  # some JAX versions return functions apart
+    if rule is not None and (less_in or less_out):
+        result = rule(operation.params, before, after, operands, operation.primitive)
+        return result if isinstance(result, list) else [result]
+    outs = _bind(operation, operands)
+    # what is made from nothing, such as random bits, is made whole and cut
+    return [_cut(x, k) for x, k in zip(outs, after, strict=True)] if less_out and not less_in else outs
+
+
+def _bind(operation: Operation, operands: list[Any]) -> list[Any]:
+    # some JAX versions return functions apart
+    bound = operation.primitive.get_bind_params(operation.params)
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
     result = operation.primitive.bind(*functions, *operands, **params)
     return list(result) if operation.primitive.multiple_results else [result]
@@ -153,9 +217,12 @@ def _split(params: Any, before: Any, after: Any, operands: Any, primitive: Any) 
 
 
 def _conv(params: Any, before: Any, after: Any, operands: Any, primitive: Any) -> Any:
-    groups = params["feature_group_count"]
+    spec, groups = params["dimension_numbers"], params["feature_group_count"]
+    lhs, rhs = operands
+    if 0 in np.shape(lhs) or 0 in np.shape(rhs):
+        return jnp.zeros(_sizes(after[0]), params["preferred_element_type"] or lhs.dtype)
     if groups > 1:
-        groups = len(before[0][params["dimension_numbers"].lhs_spec[1]])
+        groups = lhs.shape[spec.lhs_spec[1]] // rhs.shape[spec.rhs_spec[1]]
     return primitive.bind(*operands, **_with(params, feature_group_count=groups))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.graph._axes import Axes, Rule, joined, no_rule, passed_or_frozen, variety
+from jaxprune.graph._shapes import split_axis
 from jaxprune.graph._units import FROZEN, Facts
 
 
@@ -63,9 +64,12 @@ def dot_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> lis
 
 
 def conv_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    """Channels in groups: whole groups may go, and so may one place within every group."""
     lhs, rhs = ins
     spec, groups = params["dimension_numbers"], params["feature_group_count"]
     (ln, lc, *ls), (ro, ri, *rs), (on, oc, *_) = spec.lhs_spec, spec.rhs_spec, spec.out_spec
+    if params["batch_group_count"] != 1:
+        return no_rule(facts, params, source, ins, outs, "convolution with batch groups")
     for x, spatial in ((lhs, ls), (rhs, rs)):
         for axis in spatial:
             facts.freeze(x.ids[axis], f"a window moves along it at {source}")
@@ -73,23 +77,24 @@ def conv_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> li
     zero: list[Any] = [np.zeros(n, bool) for n in outs[0]]
     ids[on], zero[on] = lhs.ids[ln], lhs.zero[ln]
     ids[oc], zero[oc] = rhs.ids[ro], rhs.zero[ro]
-    channels, results = lhs.shape[lc], rhs.shape[ro]
-    if params["batch_group_count"] != 1 or (
-        groups > 1 and (groups != channels or rhs.shape[ri] != 1)
-    ):
-        return no_rule(facts, params, source, ins, outs, "grouped convolution")
+    within, vanishes = lhs.ids[lc], lhs.zero[lc]
     if groups > 1:
-        spread = np.repeat(lhs.ids[lc], results // channels)
-        facts.equate(rhs.ids[ro], spread)
-        ids[oc] = min(rhs.ids[ro], spread, key=variety)
-        zero[oc] = rhs.zero[ro] | np.repeat(lhs.zero[lc], results // channels)
-    else:
-        facts.equate(lhs.ids[lc], rhs.ids[ri])
-        safe = lhs.zero[lc] | rhs.zero[ri]
+        before, zero_before, within, vanishes = split_axis(
+            facts, lhs.ids[lc], lhs.zero[lc], groups, lhs.shape[lc] // groups
+        )
+        after, _, each, zero_each = split_axis(
+            facts, rhs.ids[ro], rhs.zero[ro], groups, rhs.shape[ro] // groups
+        )
+        facts.equate(before, after)
+        if lhs.shape[lc] == groups:  # depthwise: what comes from a zero channel is zero
+            zero[oc] = rhs.zero[ro] | np.repeat(zero_before, rhs.shape[ro] // groups)
+    if len(within) > 1:
+        facts.equate(within, rhs.ids[ri])
+        safe = vanishes | rhs.zero[ri] | lhs.is_zero | rhs.is_zero
         reason = f"convolution at {source} sums over channels that do not vanish when masked"
-        facts.freeze(lhs.ids[lc][~safe], reason)
+        facts.freeze(within[~safe], reason)
         facts.freeze(rhs.ids[ri][~safe], reason)
-    return [Axes(tuple(ids), tuple(zero))]
+    return [Axes(tuple(ids), tuple(zero), 0.0 if lhs.is_zero or rhs.is_zero else None)]
 
 
 def window_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
@@ -103,27 +108,15 @@ def window_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> 
         and all(s[axis] == 1 for s in settings)
         for axis in range(rank)
     ]
-    return [passed_or_frozen(facts, x, outs[0], still, f"a window moves along it at {source}")]
-
-
-def gather_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
-    x, index = ins
-    spec, sizes = params["dimension_numbers"], params["slice_sizes"]
-    for ids in index.ids:
-        facts.freeze(ids, f"indices of a gather at {source}")
-    if getattr(spec, "operand_batching_dims", ()):
-        return no_rule(facts, params, source, ins, outs, "batched gather")
-    kept = [i for i in range(len(x.ids)) if i not in spec.collapsed_slice_dims]
-    ids = [np.full(n, FROZEN) for n in outs[0]]
-    zero = [np.zeros(n, bool) for n in outs[0]]
-    for axis in range(len(x.ids)):
-        whole = sizes[axis] == x.shape[axis] and axis in kept and axis not in spec.start_index_map
-        if whole:
-            to = spec.offset_dims[kept.index(axis)]
-            ids[to], zero[to] = x.ids[axis], x.zero[axis]
-        else:
-            facts.freeze(x.ids[axis], f"looked up by index at {source}")
-    return [Axes(tuple(ids), tuple(zero))]
+    reason = f"a window moves along it at {source}"
+    for other in (v for v in ins[1:] if len(v.ids) == rank):
+        for axis in range(rank):
+            if still[axis]:
+                facts.equate(x.ids[axis], other.ids[axis])
+            else:
+                facts.freeze(other.ids[axis], reason)
+    y = passed_or_frozen(facts, x, outs[0], still, reason)
+    return [Axes(y.ids, y.zero, 0.0 if all(v.is_zero for v in ins) else None)] * len(outs)
 
 
 def along_rule(name: str) -> Rule:
@@ -141,7 +134,8 @@ def along_rule(name: str) -> Rule:
         for x in ins:
             zero = [z & keeps for z in x.zero]
             zero[axis] = np.zeros(outs[0][axis], bool)
-            found.append(Axes(tuple(ids), tuple(zero)))
+            known = 0.0 if x.is_zero and keeps else None
+            found.append(Axes(tuple(ids), tuple(zero), known))
         return found
 
     return rule

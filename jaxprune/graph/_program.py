@@ -1,9 +1,12 @@
 """A traced function as a flat list of operations.
 
 `jit`, `remat`, `custom_jvp` and the like are opened, so that whoever walks the list sees only primitives
-that compute, in order, without recursion. `custom_vjp` stays closed: its gradient is its own.
+that compute, in order, without recursion. `custom_vjp` stays closed, since its gradient is its own; so do
+loops and branches, whose programs are walked by their rules.
 """
 
+import inspect
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +37,7 @@ class Operation:
       outs: value numbers of the results.
       source: `file:line (function)` where the user's program called it.
       is_relu: it is the maximum inside `jax.nn.relu`, whose derivative at 0 is 0.
+      effects: it does something besides computing its results, such as printing.
     """
 
     primitive: Any
@@ -42,6 +46,7 @@ class Operation:
     outs: tuple[int, ...]
     source: str
     is_relu: bool = False
+    effects: bool = False
 
 
 @dataclass
@@ -66,12 +71,45 @@ class Program:
 
 
 def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
-    """Traces `fn` once, abstractly, and flattens it. Arguments may be `jax.ShapeDtypeStruct`."""
-    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
+    """Traces `fn` once, abstractly, and flattens it. Arguments may be `jax.ShapeDtypeStruct`.
+
+    Raises:
+      TypeError: inputs that `fn` needs are missing.
+      ValueError: `fn` needs the value of an array while it is traced.
+    """
+    try:
+        inspect.signature(fn).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"fn: {error}; give the example inputs after params, as fn is called: trace(fn, params, *args)"
+        ) from error
+    except ValueError:  # some callables have no signature
+        pass
+    try:
+        closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        raise ValueError(
+            f"fn: cannot be traced: {_line_of(error)} needs the value of an array ({type(error).__name__}); "
+            "use jnp.where or jax.lax.cond there, or bind what is static with functools.partial"
+        ) from error
     program = Program(out_tree=jax.tree.structure(shapes))
     program.inputs = [_new(program, var.aval) for var in closed.jaxpr.invars]
     program.outputs = _open(program, closed, program.inputs)
+    _drop_unused(program)
     return program
+
+
+def _drop_unused(program: Program) -> None:
+    """Leaves out what neither the outputs nor the outside world notice."""
+    needed = set(program.outputs)
+    kept = []
+    for operation in reversed(program.operations):
+        if operation.effects or needed.intersection(operation.outs):
+            kept.append(operation)
+            needed.update(operation.ins)
+    program.operations = kept[::-1]
+    needed |= {*program.inputs, *(i for op in kept for i in op.outs)}
+    program.constants = {i: value for i, value in program.constants.items() if i in needed}
 
 
 def open_program(jaxpr: Any) -> Program:
@@ -123,6 +161,7 @@ def _open(
                     tuple(results),
                     _source(eqn),
                     is_relu and eqn.primitive.name == "max",
+                    bool(eqn.effects),
                 )
             )
         env.update(zip(eqn.outvars, results, strict=True))
@@ -133,11 +172,21 @@ def _invars(jaxpr: Any) -> Any:
     return jaxpr.jaxpr.invars if isinstance(jaxpr, ClosedJaxpr) else jaxpr.invars
 
 
+def _line_of(error: BaseException) -> str:
+    """The last line of the user's program that led to an error."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(part in frame.filename for part in ("/jax/", "/flax/", "/jaxprune/graph/"))
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else "a line of it"
+
+
 def _source(eqn: Any) -> str:
-    traceback = getattr(eqn.source_info, "traceback", None)
-    if traceback is None:
+    stack = getattr(eqn.source_info, "traceback", None)
+    if stack is None:
         return ""
-    for frame in traceback.frames:
+    for frame in stack.frames:
         if "/jax/" not in frame.file_name and "/flax/" not in frame.file_name:
             return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
     return ""

@@ -70,7 +70,7 @@ def reshape_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) ->
             merged, flags = _merge(facts, merged, flags, x.ids[axis], x.zero[axis])
         for k, axis in enumerate(after):
             rest = int(np.prod([shape[i] for i in after[k + 1 :]], dtype=int))
-            ids[axis], zero[axis], merged, flags = _split(facts, merged, flags, shape[axis], rest)
+            ids[axis], zero[axis], merged, flags = split_axis(facts, merged, flags, shape[axis], rest)
     order = range(len(shape))
     return [Axes(tuple(ids[i] for i in order), tuple(zero[i] for i in order), x.value)]
 
@@ -90,7 +90,7 @@ def _merge(
     return ids, (zrows | (rows == FROZEN)) & (zcolumns | (columns == FROZEN))
 
 
-def _split(
+def split_axis(
     facts: Facts, ids: np.ndarray, zero: np.ndarray, n: int, rest: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The outer axis of `n` entries, and what is left within it. Inverse of `_merge`."""
@@ -156,10 +156,15 @@ def split_op_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -
 def pad_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
     untouched = [config == (0, 0, 0) for config in params["padding_config"]]
     y = passed_or_frozen(facts, ins[0], outs[0], untouched, f"padded at {source}")
-    return [Axes(y.ids, tuple(z & ins[1].is_zero for z in y.zero))]
+    both = all(x.is_zero for x in ins)
+    return [Axes(y.ids, tuple(z & ins[1].is_zero for z in y.zero), 0.0 if both else None)]
 
 
-def iota_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def generated_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    """Values made from nothing, or from a key: whatever is needed of them is cut out."""
+    for x in ins:
+        for ids in x.ids:
+            facts.freeze(ids, f"a seed at {source}")
     return [fresh_axes(facts, outs[0], zero=False)]
 
 
@@ -180,7 +185,7 @@ def stack_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> l
     axis, n = params["axis"] % len(outs[0]), len(ins)
     ids.insert(axis, np.full(n, FROZEN))
     zero.insert(axis, np.zeros(n, bool))
-    return [Axes(tuple(ids), tuple(zero))]
+    return [Axes(tuple(ids), tuple(zero), 0.0 if all(x.is_zero for x in ins) else None)]
 
 
 def unstack_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
@@ -196,23 +201,3 @@ def tile_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> li
     x, reps = ins[0], params["reps"]
     repeat = lambda values: tuple(np.tile(v, r) for v, r in zip(values, reps, strict=True))
     return [Axes(repeat(x.ids), repeat(x.zero), x.value)]
-
-
-def dynamic_slice_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
-    x = ins[0]
-    whole = [n == full for n, full in zip(outs[0], x.shape, strict=True)]
-    reason = f"sliced at a computed place at {source}"
-    return [passed_or_frozen(facts, x, outs[0], whole, reason)]
-
-
-def dynamic_update_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
-    x, new = ins[:2]
-    for axis in range(len(x.ids)):
-        if x.shape[axis] != new.shape[axis]:
-            for ids in (x.ids[axis], new.ids[axis]):
-                facts.freeze(ids, f"written at a computed place at {source}")
-    ids, zero = list(x.ids), [np.zeros(n, bool) for n in x.shape]
-    for axis in range(len(x.ids)):
-        if x.shape[axis] == new.shape[axis]:
-            (ids[axis],), (zero[axis],) = joined(facts, [x, new], [axis])
-    return [Axes(tuple(ids), tuple(zero))]

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from jaxprune import _trees
-from jaxprune._types import Params
+from jaxprune import _checks, _trees
+from jaxprune._types import Masks, Params
 from jaxprune.graph._axes import Axes, fresh_axes, frozen_axes, no_rule
 from jaxprune.graph._cost import Cost, cost_of
 from jaxprune.graph._couple import RULES
-from jaxprune.graph._loops import scan_rule
+from jaxprune.graph._nested import RULES as NESTED
 from jaxprune.graph._program import Program, trace_program
+from jaxprune.graph._removal import Removal, dead_slices, removal_of
 from jaxprune.graph._units import Facts, Units
 
 
@@ -26,12 +27,14 @@ class Group:
       size: number of units.
       members: every `(path, axis)` that shrinks with them.
       units: numbers of the units.
+      kind: `"units"`, or `"layers"` where each is one turn of a scan over stacked layers.
     """
 
     name: str
     size: int
     members: tuple[tuple[str, int], ...]
     units: np.ndarray
+    kind: str = "units"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Graph:
       program: the operations.
       axes: ids of each value of the program.
       units: the solved facts.
-      bodies: bodies of loops and their axes, by place.
+      bodies: programs within operations, and their axes, by place.
+      updated: which outputs are updated copies of which leaves, by position.
     """
 
     paths: tuple[str, ...]
@@ -59,14 +63,26 @@ class Graph:
     axes: tuple[Axes, ...]
     units: Units
     bodies: dict[tuple[int, ...], Any]
+    updated: dict[int, int]
 
-    def cost(self, removed: np.ndarray | None = None) -> Cost:
+    def cost(self, masks: Masks | None = None) -> Cost:
         """What a call costs: FLOPs, multiply-adds and bytes, per operation and in total.
 
         Args:
-          removed: per id whether it is removed (`units.removed`); nothing by default.
+          masks: tree of bools like the parameters: the cost once the units that they mask are removed.
+            Nothing is by default.
         """
+        return self.cost_without(None if masks is None else self.removal(masks).ids)
+
+    def cost_without(self, removed: np.ndarray | None) -> Cost:
+        """What a call costs without some ids."""
         return cost_of(self.program, self.axes, len(self.paths), removed, self.bodies)
+
+    def removal(self, masks: Masks) -> Removal:
+        """The units that masks remove."""
+        _checks.same_structure("masks", masks, "the traced params", self.treedef.unflatten(self.paths))
+        flags = self.treedef.flatten_up_to(masks)
+        return removal_of(self.units, self.own, *dead_slices(self.shapes, flags))
 
     @property
     def own(self) -> list[Axes]:
@@ -81,7 +97,8 @@ class Graph:
             table.add_column(column, overflow="fold")
         for group in self.groups:
             members = ", ".join(f"{path}[{axis}]" for path, axis in group.members)
-            table.add_row(group.name, str(group.size), members)
+            units = f"{group.size} layers" if group.kind == "layers" else str(group.size)
+            table.add_row(group.name, units, members)
         for (path, axis), reason in self.frozen:
             table.add_row(f"{path}[{axis}]", "frozen", reason)
         return table
@@ -115,7 +132,10 @@ def trace(
       A `Graph`.
 
     Raises:
-      ValueError: `updates` names leaves that are no parameters. What `fn` itself raises is passed on.
+      TypeError: inputs that `fn` needs are missing.
+      ValueError: `fn` cannot be traced, for instance because it branches on the value of an array (the
+        error names the line), or `updates` names leaves that are no parameters. What `fn` itself raises
+        is passed on.
 
     Example:
       >>> params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
@@ -126,12 +146,17 @@ def trace(
     paths, leaves, treedef = _trees.flatten(params)
     program = trace_program(fn, params, *args, **kwargs)
     facts = Facts()
-    axes = couple(program, len(leaves), facts, updated_leaves(program, paths, updates))
+    updated = updated_leaves(program, paths, updates)
+    axes = couple(program, len(leaves), facts, updated)
     units = facts.solve()
     numbers = program.inputs[: len(leaves)]
     shapes = tuple(tuple(np.shape(leaf)) for leaf in leaves)
-    groups, frozen = _groups(paths, [axes[i] for i in numbers], units)
-    return Graph(tuple(paths), shapes, treedef, groups, frozen, program, axes, units, facts.bodies)
+    turns = np.unique(units.label[np.concatenate([*facts.turns, np.zeros(0, np.int64)])])
+    groups, frozen = _groups(paths, [axes[i] for i in numbers], units, set(turns.tolist()))
+    bodies = facts.bodies
+    return Graph(
+        tuple(paths), shapes, treedef, groups, frozen, program, axes, units, bodies, updated
+    )
 
 
 def couple(
@@ -179,10 +204,11 @@ def walk(program: Program, ins: list[Axes], facts: Facts) -> tuple[Axes, ...]:
             outs = no_rule(facts, operation.params, operation.source, operands, shapes, name)
         found.update(zip(operation.outs, outs, strict=True))
     facts.place = around
-    return tuple(found[i] for i in range(len(program.avals)))
+    unused = Axes((), ())
+    return tuple(found.get(i, unused) for i in range(len(program.avals)))
 
 
-_RULES = {**RULES, "scan": scan_rule(walk)}
+_RULES = {**RULES, **{name: rule(walk) for name, rule in NESTED.items()}}
 
 
 def _number(value: Any) -> float | None:
@@ -214,7 +240,7 @@ def updated_leaves(
 
 
 def _groups(
-    paths: list[str], params: list[Axes], units: Units
+    paths: list[str], params: list[Axes], units: Units, turns: set[int]
 ) -> tuple[tuple[Group, ...], tuple[tuple[tuple[str, int], str], ...]]:
     members: dict[int, list[tuple[str, int]]] = {}
     frozen = []
@@ -240,6 +266,13 @@ def _groups(
             kinds.setdefault(unit in columns, []).append(unit)
         split += [(entry, np.array(kind)) for kind in kinds.values()]
     groups = tuple(
-        Group(f"{entry[0][0]}[{entry[0][1]}]", len(found), entry, found) for entry, found in split
+        Group(
+            f"{entry[0][0]}[{entry[0][1]}]",
+            len(found),
+            entry,
+            found,
+            "layers" if turns.issuperset(found.tolist()) else "units",
+        )
+        for entry, found in split
     )
     return groups, tuple(frozen)

@@ -24,7 +24,8 @@ class Facts:
         self.equal: list[tuple[np.ndarray, np.ndarray]] = []
         self.products: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.frozen: list[tuple[np.ndarray, int]] = []
-        self.bodies: dict[tuple[int, ...], Any] = {}  # loops: body and its axes, by place
+        self.bodies: dict[tuple[int, ...], Any] = {}  # programs within operations, by place
+        self.turns: list[np.ndarray] = []  # ids of scanned axes: a unit there is a whole layer
         self.place: tuple[
             int, ...
         ] = ()  # value numbers of the operation at hand and of those around it

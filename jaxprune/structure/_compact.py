@@ -8,15 +8,80 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _checks, _trees
-from jaxprune._types import Masks, Params
-from jaxprune.graph import (
-    Axes,
-    Graph,
-    Units,
-    evaluate,
-    plan_of,
-    trace,
-)
+from jaxprune._types import Masks, Params, PyTree
+from jaxprune.graph import Graph, Reduced, reduced, removal_of, trace
+from jaxprune.graph import evaluate as run
+from jaxprune.structure._fold import FOLDS, folded
+
+Shapes = list[tuple[int, ...]]
+
+
+class SmallFunction:
+    """A function at smaller sizes, from `jp.compact`.
+
+    Called like the original, with the small parameters. It is traced anew, and coupled anew, for each
+    shape of inputs.
+
+    Attributes:
+      differences: with `verify=True`, per output the largest absolute difference on the example inputs;
+        else `None`.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        full: Params,
+        updates: Callable[[Any], Any] | None,
+        start: Reduced,
+        blank: tuple[int, ...],
+    ) -> None:
+        self._fn, self._full, self._updates, self._blank = fn, full, updates, blank
+        self.differences: dict[str, float] | None = None
+        self.__name__ = getattr(fn, "__name__", type(fn).__name__)
+        self.__wrapped__ = fn
+        # what every plan must remove, whatever the inputs
+        program = start.plan.program
+        self._removed = [
+            [~np.isin(np.arange(n), index) for n, index in zip(np.shape(leaf), left, strict=True)]
+            for leaf, left in zip(
+                _trees.flatten(full)[1],
+                [start.plan.kept[i] for i in program.inputs],
+                strict=False,
+            )
+        ]
+        self._small = [_sizes(left) for left in start.kept]
+        self._plans: dict[Any, tuple[Graph, Reduced]] = {}
+
+    def remember(self, args: Any, kwargs: Any, graph: Graph, found: Reduced) -> None:
+        """Keeps a plan for these inputs."""
+        self._plans[_key(args, kwargs)] = graph, found
+
+    def _plan(self, args: Any, kwargs: Any) -> tuple[Graph, Reduced]:
+        if _key(args, kwargs) not in self._plans:
+            graph = trace(self._fn, self._full, *args, updates=self._updates, **kwargs)
+            removal = removal_of(graph.units, graph.own, self._removed, list(self._blank))
+            self.remember(args, kwargs, graph, reduced(graph, removal))
+        return self._plans[_key(args, kwargs)]
+
+    def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+        graph, found = self._plan(args, kwargs)
+        paths, leaves, _ = _trees.flatten(params)
+        for path, leaf, shape in zip(paths, leaves, self._small, strict=True):
+            if np.shape(leaf) != shape:
+                raise ValueError(
+                    f"params: leaf {path!r} has shape {np.shape(leaf)}, expected {shape}: this function "
+                    "takes the small parameters that jp.compact returned with it"
+                )
+        wanted = [_sizes(found.plan.kept[i]) for i in found.plan.program.inputs]
+        inputs = [
+            x if np.shape(x) == shape else jnp.zeros(shape, x.dtype)
+            for x, shape in zip(leaves, wanted, strict=False)
+        ]
+        outs = run(found.plan, [*inputs, *jax.tree.leaves((args, kwargs))])
+        for position, leaf in graph.updated.items():  # what is gone stays gone
+            if np.shape(outs[position]) != self._small[leaf]:
+                outs[position] = jnp.zeros(self._small[leaf], outs[position].dtype)
+        return found.plan.program.out_tree.unflatten(outs)
 
 
 def compact(
@@ -25,11 +90,16 @@ def compact(
     masks: Masks,
     *args: Any,
     updates: Callable[[Any], Any] | None = None,
-) -> tuple[Callable[..., Any], Params]:
-    """Removes every unit all of whose slices are masked.
+    fold: str | None = None,
+    verify: bool = False,
+    **kwargs: Any,
+) -> tuple[SmallFunction, Params]:
+    """Removes every unit all of whose slices are masked, and every layer that is.
 
     `small_fn(small_params, *args)` equals `fn(apply_masks(params, masks), *args)` up to rounding, for any
-    batch size. Entries that are masked without their unit are set to zero and stay.
+    batch size. Entries that are masked without their unit are set to zero and stay. Leaves that are masked
+    throughout count as zero for good; what only they feed is not computed, and where a whole layer went
+    with them, they are left without entries.
 
     Args:
       fn: `fn(params, *args)`, any traceable function.
@@ -37,114 +107,137 @@ def compact(
       masks: tree of bools with the structure of `params`.
       *args: example inputs.
       updates: the part of the output that is an updated copy of parameters, see `jp.trace`.
+      fold: what to keep of units that go, moved into the biases (or BatchNorm means) behind them. `None`:
+        nothing. `"constants"`: what a unit contributes when nothing reaches it any more but its own bias,
+        BatchNorm shift or an activation that is not zero at zero. `"mean"`: what it contributes on average
+        over the example inputs. Both move sums exactly, up to the borders of padded convolutions.
+      verify: compare both functions on the example inputs and refuse where they differ; the differences
+        are `small_fn.differences`.
+      **kwargs: further example inputs.
 
     Returns:
       `(small_fn, small_params)`; both jit, differentiate and map like the originals.
 
     Raises:
-      ValueError: masks of another tree, or masks that leave an axis without any entry.
+      ValueError: masks of another tree; masks that leave no path from the inputs to an output; an `fn`
+        that cannot be traced; with `verify`, results that differ.
+      TypeError: inputs that `fn` needs are missing.
 
     Example:
       >>> params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
       >>> fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
       >>> keep = jnp.arange(8) < 6
       >>> masks = {"a": keep[None], "b": keep[:, None]}
-      >>> small_fn, small = jp.compact(fn, params, masks, jnp.ones((1, 4)))
-      >>> small["a"].shape, small["b"].shape
-      ((4, 6), (6, 2))
+      >>> small_fn, small = jp.compact(fn, params, masks, jnp.ones((1, 4)), verify=True)
+      >>> small["a"].shape, small["b"].shape, small_fn.differences
+      ((4, 6), (6, 2), {'output': 0.0})
     """
     _checks.masks_fit(masks, params)
-    graph = trace(fn, params, *args, updates=updates)
-    dead = dead_slices(graph, masks)
-    removed = graph.units.removed(gone_units(graph.units, graph.own, dead))
-    kept = [tuple(np.flatnonzero(~removed[ids]) for ids in axes.ids) for axes in graph.own]
-    for path, shape, left in zip(graph.paths, graph.shapes, kept, strict=True):
-        for axis, (n, index) in enumerate(zip(shape, left, strict=True)):
-            if n and not len(index):
-                raise ValueError(
-                    f"masks: nothing is left of axis {axis} of leaf {path!r}; keep at least one unit"
-                )
+    _checks.choice("fold", fold, (None, *FOLDS))
+    graph = trace(fn, params, *args, updates=updates, **kwargs)
+    removal = graph.removal(masks)
+    found = reduced(graph, removal)
+    _check_reached(graph, found, masks)
     leaves = graph.treedef.flatten_up_to(params)
     flags = graph.treedef.flatten_up_to(masks)
-    small = [_cut(*item) for item in zip(leaves, flags, kept, strict=True)]
+    inputs = jax.tree.leaves((args, kwargs))
+    reference = None
+    if fold is not None:
+        leaves, reference = folded(graph, removal, leaves, flags, inputs, fold)
+    small = [_cut(*item) for item in zip(leaves, flags, found.kept, strict=True)]
     full = graph.treedef.unflatten(
         jax.ShapeDtypeStruct(shape, leaf.dtype)
         for shape, leaf in zip(graph.shapes, leaves, strict=True)
     )
-    return _small_fn(fn, full, kept, updates), graph.treedef.unflatten(small)
+    small_fn = SmallFunction(fn, full, updates, found, removal.blank)
+    small_fn.remember(args, kwargs, graph, found)
+    small_params = graph.treedef.unflatten(small)
+    if verify:
+        if reference is None:
+            masked = [_masked(leaf, flag) for leaf, flag in zip(leaves, flags, strict=True)]
+            reference = jax.jit(fn)(graph.treedef.unflatten(masked), *args, **kwargs)
+        else:
+            reference = graph.program.out_tree.unflatten(reference)
+        result = jax.jit(small_fn)(small_params, *args, **kwargs)
+        small_fn.differences = _differences(graph, reference, result)
+    return small_fn, small_params
 
 
-def _cut(param: Any, mask: Any, left: tuple[np.ndarray, ...]) -> jax.Array:
+def _sizes(left: tuple[np.ndarray, ...]) -> tuple[int, ...]:
+    return tuple(len(index) for index in left)
+
+
+def _key(args: Any, kwargs: Any) -> Any:
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    return treedef, tuple((np.shape(x), jnp.result_type(x)) for x in leaves)
+
+
+def _check_reached(graph: Graph, found: Reduced, masks: Masks) -> None:
+    """Refuses masks that leave no path from the inputs to an output that had one."""
+    lost = [position for position in found.cut_off if position not in graph.updated]
+    if not lost:
+        return
+    flags = graph.treedef.flatten_up_to(masks)
+    blank = [p for p, flag in zip(graph.paths, flags, strict=True) if not np.any(np.asarray(flag))]
+    raise ValueError(
+        f"masks: nothing of the inputs reaches output {lost[0]} any more; nothing is left of "
+        f"{', '.join(blank[:4])}{', …' if len(blank) > 4 else ''}; keep at least one unit of each layer "
+        "that has no other path around it"
+    )
+
+
+def _cut(param: Any, mask: Any, left: tuple[np.ndarray, ...]) -> Any:
     """What is left of a leaf, its masked entries zero.
 
     On the host: eager JAX would compile each of a hundred shapes.
     """
-    x, keep = np.asarray(param), np.asarray(mask)
+    keep = np.asarray(mask)
+    whole = all(len(index) == n for index, n in zip(left, np.shape(param), strict=True))
+    if whole and keep.all():
+        return param
+    x = np.asarray(param)
+    keep = keep.reshape((1,) * (x.ndim - keep.ndim) + keep.shape)
     for axis, index in enumerate(left):
         if len(index) < x.shape[axis]:
             x = np.take(x, index, axis=axis)
-            if keep.ndim and keep.shape[axis - x.ndim] > 1:
-                keep = np.take(keep, index, axis=axis - x.ndim)
+            if keep.shape[axis] > 1:
+                keep = np.take(keep, index, axis=axis)
     if not keep.all():
         x = np.where(keep, x, np.zeros((), x.dtype))
     return jnp.asarray(x)
 
 
-def dead_slices(graph: Graph, masks: Masks) -> list[list[np.ndarray]]:
-    """Per leaf and axis which slices are wholly masked."""
-    found: list[list[np.ndarray]] = []
-    for shape, mask in zip(graph.shapes, graph.treedef.flatten_up_to(masks), strict=True):
-        full = np.broadcast_to(np.asarray(mask), shape)
-        others = [tuple(i for i in range(len(shape)) if i != axis) for axis in range(len(shape))]
-        found.append([np.asarray(~full.any(axis=rest)) for rest in others])
+def _masked(leaf: Any, flag: Any) -> Any:
+    return leaf if np.asarray(flag).all() else jnp.where(flag, leaf, jnp.zeros((), leaf.dtype))
+
+
+def _differences(graph: Graph, reference: PyTree, result: PyTree) -> dict[str, float]:
+    """Per output the largest difference; outputs that shrink with the parameters are left out.
+
+    Raises:
+      ValueError: a difference beyond rounding.
+    """
+    found = {}
+    paths, expected, _ = _trees.flatten(reference)
+    for position, (path, a, b) in enumerate(
+        zip(paths, expected, jax.tree.leaves(result), strict=True)
+    ):
+        if position in graph.updated:
+            continue
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        difference = float(np.max(np.abs(a - b), initial=0.0))
+        found[path or "output"] = difference
+        tolerance = 1e-3 if _precise(graph) else 0.1
+        allowed = tolerance * max(float(np.max(np.abs(a), initial=0.0)), 1e-3)
+        if not difference <= allowed:
+            raise ValueError(
+                f"verify: output {path!r} of the small function differs by {difference:.3g} from the "
+                f"masked one, more than {allowed:.3g}; please report this with the function"
+            )
     return found
 
 
-def gone_units(units: Units, own: list[Axes], dead: list[list[np.ndarray]]) -> np.ndarray:
-    """The units that go: those of which no slice of a parameter is left.
-
-    Args:
-      units: the solved facts.
-      own: axes of each parameter leaf.
-      dead: per leaf and axis one bool per slice.
-    """
-    held, seen = np.zeros(len(units.why), bool), np.zeros(len(units.why), bool)
-    for axes, flags in zip(own, dead, strict=True):
-        for ids, flag in zip(axes.ids, flags, strict=True):
-            position, unit = units.factors(units.label[ids])
-            seen[unit] = True
-            held[unit[~flag[position]]] = True
-    return seen & ~held & (units.why < 0)
-
-
-def _small_fn(
-    fn: Callable[..., Any],
-    full: Params,
-    kept: list[tuple[np.ndarray, ...]],
-    updates: Callable[[Any], Any] | None,
-) -> Callable[..., Any]:
-    """`fn` at smaller sizes; traced anew, and coupled anew, for each shape of inputs."""
-    cache: dict[Any, Any] = {}
-
-    def plan(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        key = (treedef, tuple((np.shape(x), jnp.result_type(x)) for x in leaves))
-        if key not in cache:
-            graph = trace(fn, full, *args, updates=updates, **kwargs)
-            dead = [
-                [
-                    ~np.isin(np.arange(len(ids)), index)
-                    for ids, index in zip(a.ids, left, strict=True)
-                ]
-                for a, left in zip(graph.own, kept, strict=True)
-            ]
-            removed = graph.units.removed(gone_units(graph.units, graph.own, dead))
-            cache[key] = plan_of(graph.program, graph.axes, graph.bodies, removed)
-        return cache[key]
-
-    def small_fn(params: Params, *args: Any, **kwargs: Any) -> Any:
-        found = plan(args, kwargs)
-        inputs = [*_trees.flatten(params)[1], *jax.tree.leaves((args, kwargs))]
-        return found.program.out_tree.unflatten(evaluate(found, inputs))
-
-    return small_fn
+def _precise(graph: Graph) -> bool:
+    """No value of the function has fewer than 32 bits to round to."""
+    dtypes = {aval.dtype for aval in graph.program.avals if jnp.issubdtype(aval.dtype, jnp.floating)}
+    return all(jnp.finfo(dtype).bits >= 32 for dtype in dtypes)

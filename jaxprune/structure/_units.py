@@ -7,8 +7,7 @@ import numpy as np
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, PyTree, Scores
-from jaxprune.graph import Graph, Group
-from jaxprune.structure._compact import dead_slices, gone_units
+from jaxprune.graph import Graph, Group, reduced
 
 _REDUCTIONS = ("mean", "l1", "l2", "max", "first")
 _NORMALIZATIONS = ("mean", "none", "max", "sum", "gaussian")
@@ -102,7 +101,7 @@ def _open_groups(graph: Graph, ignore: Sequence[str]) -> list[Group]:
         if not hits and not (regex and any(regex.fullmatch(path) for path in graph.paths)):
             raise ValueError(_trees.no_match(pattern, graph.paths, parameter="ignore"))
         closed |= hits
-    return [group for group in graph.groups if group.name not in closed]
+    return [g for g in graph.groups if g.name not in closed and g.kind == "units"]
 
 
 def _unit_scores(graph: Graph, scores: Scores, group: Group, reduce: str) -> np.ndarray:
@@ -183,7 +182,7 @@ def _measure(graph: Graph, target: str) -> Callable[[np.ndarray], float]:
     sizes = lambda removed: sum(
         int(np.prod([len(ids) - removed[ids].sum() for ids in axes.ids])) for axes in graph.own
     )
-    cost = lambda removed: graph.cost(removed).flops
+    cost = lambda removed: graph.cost_without(removed).flops
     count = sizes if target == "params" else cost
     full = count(np.zeros(graph.units.label.shape, bool))
     return lambda gone: count(graph.units.removed(gone)) / max(full, 1)
@@ -248,10 +247,8 @@ def widths(graph: Graph, masks: Masks) -> dict[str, tuple[int, ...]]:
       >>> jp.structure.widths(graph, {"a": keep[None], "b": keep[:, None]})
       {'a': (4, 6), 'b': (6, 2)}
     """
-    _checks.same_structure("masks", masks, "the traced params", _like(graph))
-    gone = gone_units(graph.units, graph.own, dead_slices(graph, masks))
-    removed = graph.units.removed(gone)
+    kept = reduced(graph, graph.removal(masks)).kept
     return {
-        path: tuple(int(np.sum(~removed[ids])) for ids in axes.ids)
-        for path, axes in zip(graph.paths, graph.own, strict=True)
+        path: tuple(len(index) for index in left)
+        for path, left in zip(graph.paths, kept, strict=True)
     }

@@ -1,0 +1,129 @@
+"""Rules of look-ups and writes by computed index: what an index runs over stays, whole slices pass."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxprune.graph._axes import Axes, Rule, joined, passed_or_frozen
+from jaxprune.graph._units import FROZEN, Facts
+
+
+def gather_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x, index = ins
+    spec, sizes = params["dimension_numbers"], params["slice_sizes"]
+    batch = tuple(getattr(spec, "operand_batching_dims", ()))
+    index_batch = tuple(getattr(spec, "start_indices_batching_dims", ()))
+    kept = [i for i in range(len(x.ids)) if i not in (*spec.collapsed_slice_dims, *batch)]
+    ids = [np.full(n, FROZEN) for n in outs[0]]
+    zero = [np.zeros(n, bool) for n in outs[0]]
+    # axes of the indices, but the last, become the other axes of the result
+    places = [axis for axis in range(len(outs[0])) if axis not in spec.offset_dims]
+    for axis, to in enumerate(places):
+        ids[to] = index.ids[axis]
+        if axis in index_batch:
+            mine = batch[index_batch.index(axis)]
+            facts.equate(x.ids[mine], index.ids[axis])
+            zero[to] = x.zero[mine]
+    for axis in range(len(x.ids)):
+        whole = sizes[axis] == x.shape[axis] and axis in kept and axis not in spec.start_index_map
+        if whole:
+            to = spec.offset_dims[kept.index(axis)]
+            ids[to], zero[to] = x.ids[axis], x.zero[axis]
+        elif axis not in batch:
+            facts.freeze(x.ids[axis], f"looked up by index at {source}")
+    facts.freeze(index.ids[-1], f"indices of a gather at {source}")
+    return [Axes(tuple(ids), tuple(zero), 0.0 if x.is_zero else None)]
+
+
+def scatter_rule(name: str) -> Rule:
+    """Writes into slices of the first operand: axes that no index touches are those of the update."""
+
+    def rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+        x, index, new = ins
+        spec = params["dimension_numbers"]
+        batch = tuple(getattr(spec, "operand_batching_dims", ()))
+        index_batch = tuple(getattr(spec, "scatter_indices_batching_dims", ()))
+        window = [
+            i for i in range(len(x.ids)) if i not in (*spec.inserted_window_dims, *batch)
+        ]
+        free = [i for i in range(len(new.ids)) if i not in spec.update_window_dims]
+        reason = f"written by index at {source}"
+        for axis, place in enumerate(free):
+            facts.equate(new.ids[place], index.ids[axis])
+        facts.freeze(index.ids[-1], reason)
+        ids, zero = list(x.ids), list(x.zero)
+        sums = name in ("scatter", "scatter-add", "scatter_add", "scatter-max", "scatter-min")
+        for axis in range(len(x.ids)):
+            if axis in batch:
+                place = free[index_batch[batch.index(axis)]]
+            elif axis in window:
+                place = spec.update_window_dims[window.index(axis)]
+            else:
+                place = None
+            touched = axis in spec.scatter_dims_to_operand_dims
+            if place is None or touched or new.shape[place] != x.shape[axis]:
+                facts.freeze(x.ids[axis], reason)
+                if place is not None:
+                    facts.freeze(new.ids[place], reason)
+                zero[axis] = np.zeros(x.shape[axis], bool)
+            else:
+                facts.equate(x.ids[axis], new.ids[place])
+                both = (x.zero[axis] | x.is_zero) & (new.zero[place] | new.is_zero)
+                zero[axis] = both & sums
+        # places that an index may repeat: each free axis of the update is summed over or overwrites
+        for place in free:
+            if not any(place == free[i] for i in index_batch):
+                facts.freeze(new.ids[place], reason)
+        return [Axes(tuple(ids), tuple(zero), 0.0 if x.is_zero and new.is_zero and sums else None)]
+
+    return rule
+
+
+def dynamic_slice_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x = ins[0]
+    whole = [n == full for n, full in zip(outs[0], x.shape, strict=True)]
+    reason = f"sliced at a computed place at {source}"
+    y = passed_or_frozen(facts, x, outs[0], whole, reason)
+    return [Axes(y.ids, y.zero, x.value)]
+
+
+def dynamic_update_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x, new = ins[:2]
+    for axis in range(len(x.ids)):
+        if x.shape[axis] != new.shape[axis]:
+            for ids in (x.ids[axis], new.ids[axis]):
+                facts.freeze(ids, f"written at a computed place at {source}")
+    ids, zero = list(x.ids), [np.zeros(n, bool) for n in x.shape]
+    for axis in range(len(x.ids)):
+        if x.shape[axis] == new.shape[axis]:
+            (ids[axis],), (zero[axis],) = joined(facts, [x, new], [axis])
+    return [Axes(tuple(ids), tuple(zero), 0.0 if x.is_zero and new.is_zero else None)]
+
+
+def top_k_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    x = ins[0]
+    axis = params.get("axis", params.get("reduction_dimension", -1)) % len(x.ids)
+    passes = [i != axis for i in range(len(x.ids))]
+    y = passed_or_frozen(facts, x, outs[0], passes, f"ranked along it at {source}")
+    return [y, Axes(y.ids, tuple(np.zeros(len(z), bool) for z in y.zero))]
+
+
+def leading_rule(name: str, last: int) -> Rule:
+    """Operations on the last axes, side by side on all before: linear algebra."""
+
+    def rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+        ids: list[np.ndarray] = []
+        lead = min(len(shape) for shape in outs) if outs else 0
+        lead = min([lead, *(len(x.ids) - last for x in ins)])
+        for x in ins:
+            for axis in range(max(lead, 0), len(x.ids)):
+                facts.freeze(x.ids[axis], f"{name} mixes it at {source}")
+        if lead > 0:
+            ids, _ = joined(facts, ins, range(lead))
+        found = []
+        for shape in outs:
+            rest = [np.full(n, FROZEN) for n in shape[len(ids) :]]
+            found.append(Axes((*ids, *rest), tuple(np.zeros(n, bool) for n in shape)))
+        return found
+
+    return rule
