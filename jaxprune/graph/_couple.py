@@ -24,6 +24,7 @@ from jaxprune.graph._mixing import (
     window_rule,
 )
 from jaxprune.graph._shapes import (
+    bitcast_rule,
     broadcast_rule,
     concatenate_rule,
     generated_rule,
@@ -76,11 +77,23 @@ RULES: dict[str, Rule] = {
     "gather": gather_rule,
     **{
         f"scatter{kind}": scatter_rule(f"scatter{kind}")
-        for kind in ("", "-add", "_add", "-mul", "_mul", "-min", "_min", "-max", "_max", "-sub", "_sub")
+        for kind in (
+            "",
+            "-add",
+            "_add",
+            "-mul",
+            "_mul",
+            "-min",
+            "_min",
+            "-max",
+            "_max",
+            "-sub",
+            "_sub",
+        )
     },
     "top_k": top_k_rule,
     "approx_top_k": top_k_rule,
-    **{name: generated_rule for name in ("iota", "random_bits", "rng_uniform", "empty2")},
+    **dict.fromkeys(("iota", "random_bits", "rng_uniform", "empty2"), generated_rule),
     **{
         name: leading_rule(name, last)
         for name, last in {
@@ -107,5 +120,6 @@ RULES: dict[str, Rule] = {
         for name in ("sort", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
     },
     "rev": reverse_rule,
+    "bitcast_convert_type": bitcast_rule,
 }
 """The table: add a primitive here, and its counterpart in `_evaluate.RULES` if it names sizes."""

@@ -119,7 +119,9 @@ def _at_full_size(
     program: Program, operation: Operation, kept: list[Kept], operands: list[Any]
 ) -> list[Any]:
     """Operands spread to their full size, zeros between, and the results cut."""
-    full = [_spread(x, kept[i], program.avals[i]) for x, i in zip(operands, operation.ins, strict=True)]
+    full = [
+        _spread(x, kept[i], program.avals[i]) for x, i in zip(operands, operation.ins, strict=True)
+    ]
     outs = _bind(operation, full)
     return [_cut(x, kept[i]) for x, i in zip(outs, operation.outs, strict=True)]
 
@@ -157,7 +159,9 @@ def _apply(
         return result if isinstance(result, list) else [result]
     outs = _bind(operation, operands)
     # what is made from nothing, such as random bits, is made whole and cut
-    return [_cut(x, k) for x, k in zip(outs, after, strict=True)] if less_out and not less_in else outs
+    return (
+        [_cut(x, k) for x, k in zip(outs, after, strict=True)] if less_out and not less_in else outs
+    )
 
 
 def _bind(operation: Operation, operands: list[Any]) -> list[Any]:

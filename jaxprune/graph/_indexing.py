@@ -43,9 +43,7 @@ def scatter_rule(name: str) -> Rule:
         spec = params["dimension_numbers"]
         batch = tuple(getattr(spec, "operand_batching_dims", ()))
         index_batch = tuple(getattr(spec, "scatter_indices_batching_dims", ()))
-        window = [
-            i for i in range(len(x.ids)) if i not in (*spec.inserted_window_dims, *batch)
-        ]
+        window = [i for i in range(len(x.ids)) if i not in (*spec.inserted_window_dims, *batch)]
         free = [i for i in range(len(new.ids)) if i not in spec.update_window_dims]
         reason = f"written by index at {source}"
         for axis, place in enumerate(free):

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.extend.core import jaxpr_as_fun
 
 from jaxprune.graph._axes import Axes, no_rule
-from jaxprune.graph._program import Program, open_program
+from jaxprune.graph._program import Operation, Program, open_program
 from jaxprune.graph._units import FROZEN, Facts
 from jaxprune.graph._vanish import same_values
 
@@ -303,3 +304,31 @@ RUN: dict[str, Callable[[dict[str, Any], list[Turn], list[Any]], list[Any]]] = {
     "shard_map": _run_shards,
 }
 """The operation again, with other inner programs: `(params, inner programs, operands) -> results`."""
+
+
+def scanned_ids(operation: Operation, axes: tuple[Axes, ...]) -> np.ndarray | None:
+    """The ids of the turns of a scan, where it runs over anything."""
+    if operation.primitive.name != "scan":
+        return None
+    slices = operation.ins[sum(split_scan(operation.params)) :]
+    return axes[slices[0]].ids[0] if slices else None
+
+
+def carries_of(operation: Operation, operands: list[Any]) -> jax.Array:
+    """The largest floating carry of a scan, before each turn and after the last: (turns + 1, ...)."""
+    n_consts, n_carry = split_scan(operation.params)
+    consts, first = operands[:n_consts], n_consts + n_carry
+    start, slices = list(operands[n_consts:first]), list(operands[first:])
+    floats = [i for i, x in enumerate(start) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)]
+    main = max(floats, key=lambda i: start[i].size)
+    turn = jaxpr_as_fun(operation.params["jaxpr"])
+
+    def step(carry: Any, xs: Any) -> Any:
+        return list(turn(*consts, *carry, *xs)[:n_carry]), carry[main]
+
+    last, before = jax.lax.scan(
+        step, start, slices, length=operation.params["length"], reverse=operation.params["reverse"]
+    )
+    if operation.params["reverse"]:
+        return jax.numpy.concatenate([last[main][None], before])
+    return jax.numpy.concatenate([before, last[main][None]])

@@ -179,7 +179,11 @@ def _line_of(error: BaseException) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if not any(part in frame.filename for part in ("/jax/", "/flax/", "/jaxprune/graph/"))
     ]
-    return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else "a line of it"
+    return (
+        f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})"
+        if frames
+        else "a line of it"
+    )
 
 
 def _source(eqn: Any) -> str:

@@ -4,12 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.graph._axes import Axes
 from jaxprune.graph._evaluate import Plan, plan_of
 from jaxprune.graph._removal import Removal
-from jaxprune.graph._trace import Graph, walk
-from jaxprune.graph._units import Facts
-from jaxprune.graph._vanish import Work, all_work, depends, gone_leaves, needed_work
+from jaxprune.graph._trace import Graph, needed_without
+from jaxprune.graph._vanish import Work, all_work, depends
 
 
 class Reduced(NamedTuple):
@@ -37,7 +35,7 @@ def reduced(graph: Graph, removal: Removal) -> Reduced:
     gone: set[int] = set()
     cut_off: tuple[int, ...] = ()
     if removal.blank:
-        work, gone = _without_blank(graph, removal.blank)
+        work, gone = needed_without(graph, removal.blank)
         cut_off = _cut_off(graph, work)
     plan = plan_of(program, graph.axes, graph.bodies, removal.ids, work)
     kept = []
@@ -45,17 +43,6 @@ def reduced(graph: Graph, removal: Removal) -> Reduced:
         left = plan.kept[number]
         kept.append((left[0][:0], *left[1:]) if number in gone and left else left)
     return Reduced(plan, kept, cut_off)
-
-
-def _without_blank(graph: Graph, blank: tuple[int, ...]) -> tuple[Work, set[int]]:
-    """The work that is left when some leaves are zero, and the inputs that are gone with them."""
-    program, n_params = graph.program, len(graph.paths)
-    ins = [graph.axes[i] for i in program.inputs]
-    for position in blank:
-        ins[position] = Axes(ins[position].ids, ins[position].zero, 0.0)
-    work = needed_work(program, walk(program, ins, Facts()))
-    numbers = [program.inputs[position] for position in blank]
-    return work, set(gone_leaves(program, work, numbers, n_params))
 
 
 def _cut_off(graph: Graph, work: Work) -> tuple[int, ...]:

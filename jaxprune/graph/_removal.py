@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune._types import Masks
 from jaxprune.graph._axes import Axes
 from jaxprune.graph._units import Units
 

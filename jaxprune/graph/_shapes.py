@@ -70,7 +70,9 @@ def reshape_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) ->
             merged, flags = _merge(facts, merged, flags, x.ids[axis], x.zero[axis])
         for k, axis in enumerate(after):
             rest = int(np.prod([shape[i] for i in after[k + 1 :]], dtype=int))
-            ids[axis], zero[axis], merged, flags = split_axis(facts, merged, flags, shape[axis], rest)
+            ids[axis], zero[axis], merged, flags = split_axis(
+                facts, merged, flags, shape[axis], rest
+            )
     order = range(len(shape))
     return [Axes(tuple(ids[i] for i in order), tuple(zero[i] for i in order), x.value)]
 
@@ -201,3 +203,19 @@ def tile_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> li
     x, reps = ins[0], params["reps"]
     repeat = lambda values: tuple(np.tile(v, r) for v, r in zip(values, reps, strict=True))
     return [Axes(repeat(x.ids), repeat(x.zero), x.value)]
+
+
+def bitcast_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    """Bits read as another type; a last axis comes or goes where the widths differ."""
+    x, shape = ins[0], outs[0]
+    shared = min(len(x.ids), len(shape))
+    for ids in x.ids[shared:]:
+        facts.freeze(ids, f"bits are joined at {source}")
+    rest = shape[shared:]
+    return [
+        Axes(
+            (*x.ids[:shared], *(np.full(n, FROZEN) for n in rest)),
+            (*x.zero[:shared], *(np.zeros(n, bool) for n in rest)),
+            0.0 if x.is_zero else None,
+        )
+    ]

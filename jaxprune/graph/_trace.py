@@ -1,5 +1,6 @@
 """The coupling graph of a function: which axes of which parameters shrink together, and which cannot."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from jaxprune.graph._nested import RULES as NESTED
 from jaxprune.graph._program import Program, trace_program
 from jaxprune.graph._removal import Removal, dead_slices, removal_of
 from jaxprune.graph._units import Facts, Units
+from jaxprune.graph._vanish import Work, gone_leaves, needed_work
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Group:
     """Units that live on the same axes: the channels of some layers, the heads of an attention.
 
     Attributes:
-      name: the first member, as `path[axis]`.
+      name: the member that makes them, as `path[axis]`.
       size: number of units.
       members: every `(path, axis)` that shrinks with them.
       units: numbers of the units.
@@ -72,15 +74,24 @@ class Graph:
           masks: tree of bools like the parameters: the cost once the units that they mask are removed.
             Nothing is by default.
         """
-        return self.cost_without(None if masks is None else self.removal(masks).ids)
+        if masks is None:
+            return self.cost_without(None)
+        removal = self.removal(masks)
+        work = needed_without(self, removal.blank)[0] if removal.blank else None
+        return self.cost_without(removal.ids, work)
 
-    def cost_without(self, removed: np.ndarray | None) -> Cost:
-        """What a call costs without some ids."""
-        return cost_of(self.program, self.axes, len(self.paths), removed, self.bodies)
+    def cost_without(self, removed: np.ndarray | None, work: Work | None = None) -> Cost:
+        """What a call costs without some ids, and of some of its operations."""
+        program = self.program
+        if work is not None:
+            program = dataclasses.replace(program, operations=work.operations)
+        return cost_of(program, self.axes, len(self.paths), removed, self.bodies)
 
     def removal(self, masks: Masks) -> Removal:
         """The units that masks remove."""
-        _checks.same_structure("masks", masks, "the traced params", self.treedef.unflatten(self.paths))
+        _checks.same_structure(
+            "masks", masks, "the traced params", self.treedef.unflatten(self.paths)
+        )
         flags = self.treedef.flatten_up_to(masks)
         return removal_of(self.units, self.own, *dead_slices(self.shapes, flags))
 
@@ -258,21 +269,34 @@ def _groups(
     for unit, entry in members.items():
         alike.setdefault(tuple(dict.fromkeys(entry)), []).append(unit)
     # rows and columns of one product live on the same axes: heads and head dimensions
-    split = []
+    columns = set(units.column[units.column >= 0].tolist())
+    rank = {path: len(axes.ids) for path, axes in zip(paths, params, strict=True)}
+    groups = []
     for entry, found in alike.items():
-        kinds: dict[bool, list[int]] = {}
-        columns = set(units.column[units.column >= 0].tolist())
-        for unit in found:
-            kinds.setdefault(unit in columns, []).append(unit)
-        split += [(entry, np.array(kind)) for kind in kinds.values()]
-    groups = tuple(
-        Group(
-            f"{entry[0][0]}[{entry[0][1]}]",
-            len(found),
-            entry,
-            found,
-            "layers" if turns.issuperset(found.tolist()) else "units",
-        )
-        for entry, found in split
-    )
-    return groups, tuple(frozen)
+        inner = [unit for unit in found if unit in columns]
+        outer = [unit for unit in found if unit not in columns]
+        for part, suffix in ((outer, " (outer)"), (inner, " (inner)")):
+            if part:
+                kind = "layers" if turns.issuperset(part) else "units"
+                name = _name(entry, rank) + (suffix if inner and outer else "")
+                groups.append(Group(name, len(part), entry, np.array(part), kind))
+    return tuple(groups), tuple(frozen)
+
+
+def _name(members: tuple[tuple[str, int], ...], rank: dict[str, int]) -> str:
+    """A matrix that makes the units, if there is one, else any, else the first member."""
+    matrices = [(path, axis) for path, axis in members if rank[path] > 1]
+    makers = [(path, axis) for path, axis in matrices if axis == rank[path] - 1]
+    path, axis = (makers or matrices or list(members))[0]
+    return f"{path}[{axis}]"
+
+
+def needed_without(graph: Graph, blank: tuple[int, ...]) -> tuple[Work, set[int]]:
+    """The work that is left when some leaves are zero, and the inputs that are gone with them."""
+    program, n_params = graph.program, len(graph.paths)
+    ins = [graph.axes[i] for i in program.inputs]
+    for position in blank:
+        ins[position] = Axes(ins[position].ids, ins[position].zero, 0.0)
+    work = needed_work(program, walk(program, ins, Facts()))
+    numbers = [program.inputs[position] for position in blank]
+    return work, set(gone_leaves(program, work, numbers, n_params))

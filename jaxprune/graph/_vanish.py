@@ -107,9 +107,7 @@ def gone_leaves(program: Program, work: Work, blank: Iterable[int], n_params: in
 
     A masked bias of a layer that lives on is still part of it, though adding zero is not computed.
     """
-    data = depends(
-        program.operations, program.inputs[n_params:], all_work(program)
-    )
+    data = depends(program.operations, program.inputs[n_params:], all_work(program))
     alive = {i for operation in work.operations for i in operation.outs} | set(program.inputs)
     users: dict[int, list[Operation]] = {}
     for operation in program.operations:
@@ -132,5 +130,3 @@ def gone_leaves(program: Program, work: Work, blank: Iterable[int], n_params: in
 
     outputs = {work.same.get(i, i) for i in program.outputs} - work.zero
     return [number for number in blank if number not in outputs and gone(number)]
-
-

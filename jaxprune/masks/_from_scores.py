@@ -11,10 +11,12 @@ import numpy as np
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, PyTree, Scores
 from jaxprune.masks._keys import kept
-from jaxprune.masks._patterns import NM, Pattern
+from jaxprune.masks._patterns import NM, Pattern, TreePattern
 from jaxprune.masks._select import largest
 
 _LIMIT = 2**31 - 1
+
+AnyPattern = Pattern | NM | TreePattern
 
 
 def from_scores(
@@ -22,7 +24,7 @@ def from_scores(
     sparsity: float | jax.Array | PyTree,
     *,
     scope: str = "global",
-    pattern: Pattern | NM | None = None,
+    pattern: AnyPattern | None = None,
 ) -> Masks:
     """Masks that keep the entries with the largest scores: exactly `round((1 - s) * size)` of them.
 
@@ -42,7 +44,8 @@ def from_scores(
       sparsity: fraction to remove, in [0, 1]: a number, a traced scalar, or a tree of such with the
         structure of `scores` (see `jp.budgets`), which implies one count per leaf.
       scope: `"global"` (one threshold for all leaves) or `"leaf"` (one per leaf).
-      pattern: `None`, `Block`, `Channel` or `NM`. With `NM(n, m)` the sparsity may be at most
+      pattern: `None`, `Block`, `Channel`, `NM`, or `jp.structure.Units` for whole channels, neurons and heads
+        across leaves, with `scope="leaf"` for each group of them. With `NM(n, m)` the sparsity may be at most
         `1 - n / m`: there, every group keeps exactly `n`; below, further entries stay by score.
 
     Returns:
@@ -61,6 +64,8 @@ def from_scores(
              [False,  True]], dtype=bool)}
     """
     _checks.choice("scope", scope, ("global", "leaf"))
+    if isinstance(pattern, TreePattern):
+        return pattern.expand_tree(from_scores(pattern.pool_tree(scores), sparsity, scope=scope))
     paths, leaves, treedef = _trees.flatten(scores)
     chosen = [i for i, leaf in enumerate(leaves) if _trees.rank(leaf) > 0]
     for i in chosen:

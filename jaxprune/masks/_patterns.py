@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxprune import _checks
+from jaxprune._types import Masks, PyTree, Scores
 
 
 @runtime_checkable
@@ -28,6 +29,19 @@ class Pattern(Protocol):
 
     def expand(self, mask: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
         """A mask that broadcasts to `shape` from a mask per unit. Inverse direction of `pool`."""
+        ...
+
+
+@runtime_checkable
+class TreePattern(Protocol):
+    """Anything that groups the entries of several leaves into units, such as `jp.structure.Units`."""
+
+    def pool_tree(self, scores: Scores) -> PyTree:
+        """Scores per unit, as a tree, from scores per entry. Inverse direction of `expand_tree`."""
+        ...
+
+    def expand_tree(self, masks: PyTree) -> Masks:
+        """Masks that broadcast to the parameters from masks of units. Inverse direction of `pool_tree`."""
         ...
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params, ScheduleFn, ScoreFn, Scores, Where
-from jaxprune.masks import NM, Pattern, from_scores
+from jaxprune.masks import AnyPattern, TreePattern, from_scores
 from jaxprune.optim._masked import masked_step, required
 
 
@@ -36,7 +36,7 @@ def gradual(
     *,
     scores: ScoreFn = _trees.magnitudes,
     scope: str = "global",
-    pattern: Pattern | NM | None = None,
+    pattern: AnyPattern | None = None,
     where: Where = None,
     every: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
@@ -51,7 +51,8 @@ def gradual(
         0; values are clipped to [0, 1].
       scores: `params -> scores` or `(params, grads) -> scores`; magnitude by default.
       scope: `"global"` or `"leaf"`, see `jp.masks.from_scores`.
-      pattern: `None`, `Block`, `Channel` or `NM`.
+      pattern: `None`, `Block`, `Channel` or `NM`; or `jp.structure.Units` for structured pruning, after
+        which `jp.compact(fn, params, jp.optim.get_masks(state), *args)` makes the model smaller.
       where: which leaves are pruned; by default floating leaves with two axes or more.
       every: look at the schedule only at every so many steps, at least 1.
 
@@ -104,9 +105,13 @@ def gradual(
         paths, leaves, treedef = _trees.flatten(params)
         for path, leaf, s in zip(paths, leaves, treedef.flatten_up_to(shapes), strict=True):
             _checks.broadcasts("scores", path, s.shape, jnp.shape(leaf))
-            if pattern is not None and s.shape:
+            if pattern is not None and not isinstance(pattern, TreePattern) and s.shape:
                 pattern.check(path, s.shape)
-        masks = _trees.map_with_path(_all_true, params, shapes)
+        if isinstance(pattern, TreePattern):
+            fresh = lambda scores: from_scores(scores, jnp.float32(0), scope=scope, pattern=pattern)
+            masks = jax.tree.map(lambda m: jnp.ones(m.shape, bool), jax.eval_shape(fresh, shapes))
+        else:
+            masks = _trees.map_with_path(_all_true, params, shapes)
         return GradualState(
             jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), masks, inner.init(params)
         )

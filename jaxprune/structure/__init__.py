@@ -1,6 +1,19 @@
-"""Structure: units of a traced function, masked whole and removed for good."""
+"""Structure: units and layers of a traced function, masked whole and removed for good."""
 
-from jaxprune.structure._compact import compact
+from jaxprune.structure._compact import SmallFunction, compact
+from jaxprune.structure._layer_masks import layer_masks
+from jaxprune.structure._layer_scores import layer_scores
+from jaxprune.structure._layers import Layer, layers
+from jaxprune.structure._pattern import Units
 from jaxprune.structure._units import unit_masks, widths
 
-__all__ = ["unit_masks", "widths"]
+__all__ = [
+    "Layer",
+    "SmallFunction",
+    "Units",
+    "layer_masks",
+    "layer_scores",
+    "layers",
+    "unit_masks",
+    "widths",
+]

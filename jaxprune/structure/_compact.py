@@ -96,10 +96,10 @@ def compact(
 ) -> tuple[SmallFunction, Params]:
     """Removes every unit all of whose slices are masked, and every layer that is.
 
-    `small_fn(small_params, *args)` equals `fn(apply_masks(params, masks), *args)` up to rounding, for any
-    batch size. Entries that are masked without their unit are set to zero and stay. Leaves that are masked
-    throughout count as zero for good; what only they feed is not computed, and where a whole layer went
-    with them, they are left without entries.
+    `small_fn(small_params, *args)` equals `fn(apply_masks(params, masks), *args)` up to rounding, for
+    any batch size. Entries that are masked without their unit are set to zero and stay. Leaves that are
+    masked throughout count as zero for good; what only they feed is not computed, and where a whole layer
+    went with them, they are left without entries.
 
     Args:
       fn: `fn(params, *args)`, any traceable function.
@@ -108,9 +108,9 @@ def compact(
       *args: example inputs.
       updates: the part of the output that is an updated copy of parameters, see `jp.trace`.
       fold: what to keep of units that go, moved into the biases (or BatchNorm means) behind them. `None`:
-        nothing. `"constants"`: what a unit contributes when nothing reaches it any more but its own bias,
-        BatchNorm shift or an activation that is not zero at zero. `"mean"`: what it contributes on average
-        over the example inputs. Both move sums exactly, up to the borders of padded convolutions.
+        nothing. `"constants"`: what a unit contributes when nothing reaches it any more but its own
+        bias, BatchNorm shift or an activation that is not zero at zero. `"mean"`: what it contributes on
+        average over the example inputs. Both move sums exactly, up to the borders of padded convolutions.
       verify: compare both functions on the example inputs and refuse where they differ; the differences
         are `small_fn.differences`.
       **kwargs: further example inputs.
@@ -239,5 +239,7 @@ def _differences(graph: Graph, reference: PyTree, result: PyTree) -> dict[str, f
 
 def _precise(graph: Graph) -> bool:
     """No value of the function has fewer than 32 bits to round to."""
-    dtypes = {aval.dtype for aval in graph.program.avals if jnp.issubdtype(aval.dtype, jnp.floating)}
+    dtypes = {
+        aval.dtype for aval in graph.program.avals if jnp.issubdtype(aval.dtype, jnp.floating)
+    }
     return all(jnp.finfo(dtype).bits >= 32 for dtype in dtypes)

@@ -16,7 +16,15 @@ from jaxprune.graph import Graph, Operation, Removal, observe
 
 FOLDS = ("constants", "mean")
 _PRODUCTS = ("dot_general", "conv_general_dilated")
-_THROUGH = ("reshape", "transpose", "convert_element_type", "squeeze", "expand_dims", "name", "copy")
+_THROUGH = (
+    "reshape",
+    "transpose",
+    "convert_element_type",
+    "squeeze",
+    "expand_dims",
+    "name",
+    "copy",
+)
 
 
 def folded(
@@ -80,7 +88,9 @@ class _Fold:
                 if flags.any():
                     keep = keep | flags.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
             self.leaves.append(x if keep.ndim == 0 else jnp.where(keep, x, jnp.zeros((), x.dtype)))
-        self.values: dict[int, Any] = dict(zip(self.graph.program.inputs, self.leaves, strict=False))
+        self.values: dict[int, Any] = dict(
+            zip(self.graph.program.inputs, self.leaves, strict=False)
+        )
 
     def hook(self, operation: Operation, operands: list[Any], outs: list[Any]) -> list[Any]:
         """After each operation: cuts what reaches removed units, folds what they contribute."""
@@ -219,4 +229,6 @@ def _axes_of(
 
 def _bound(operation: Operation, *operands: Any) -> Any:
     params = operation.primitive.get_bind_params(operation.params)
-    return operation.primitive.bind(*operands, **(params[1] if isinstance(params, tuple) else params))
+    return operation.primitive.bind(
+        *operands, **(params[1] if isinstance(params, tuple) else params)
+    )

@@ -2,15 +2,23 @@
 
 from collections.abc import Callable, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _checks, _trees
-from jaxprune._types import Masks, PyTree, Scores
+from jaxprune import _checks
+from jaxprune._types import Masks, Scores
 from jaxprune.graph import Graph, Group, reduced
+from jaxprune.structure._scoring import (
+    NORMALIZATIONS,
+    REDUCTIONS,
+    like_params,
+    masks_without,
+    normalized,
+    open_groups,
+    places_of,
+    unit_scores,
+)
 
-_REDUCTIONS = ("mean", "l1", "l2", "max", "first")
-_NORMALIZATIONS = ("mean", "none", "max", "sum", "gaussian")
+_SCOPES = ("global", "leaf", "isomorphic")
 _BISECTIONS = 24
 
 
@@ -39,7 +47,9 @@ def unit_masks(
       sparsity: fraction of the units to remove, in [0, 1].
       params: fraction of the parameters to keep, in (0, 1].
       flops: fraction of the FLOPs of a call to keep, in (0, 1].
-      scope: `"global"` ranks all units together, `"leaf"` within each group.
+      scope: `"global"` ranks all units together, `"leaf"` within each group, `"isomorphic"` within each
+        class of groups of the same kind: those whose members have the same names, ranks and axes, such
+        as the neurons of all blocks (Fang et al. 2024, https://arxiv.org/abs/2407.04616).
       reduce: `"mean"`, `"l1"` (sum of absolute values), `"l2"`, `"max"`, or `"first"` (the mean over the
         group's first member alone).
       normalize: what a unit's score is divided by, so that groups compare: its group's `"mean"`, `"max"`
@@ -49,7 +59,8 @@ def unit_masks(
       ignore: names of groups and regular expressions of paths that stay whole.
 
     Returns:
-      Masks like the parameters, for `jp.apply_masks`, `jp.masked_update` and `jp.compact`.
+      Masks like the parameters, for `jp.apply_masks`, `jp.masked_update` and `jp.compact`. Stacked layers
+      stay; `layer_masks` is for them.
 
     Raises:
       ValueError: no target or several, a target out of range or out of reach, scores of another tree, or
@@ -62,9 +73,9 @@ def unit_masks(
       >>> masks["a"].tolist()
       [[True, False, True]]
     """
-    _checks.choice("scope", scope, ("global", "leaf"))
-    _checks.choice("reduce", reduce, _REDUCTIONS)
-    _checks.choice("normalize", normalize, _NORMALIZATIONS)
+    _checks.choice("scope", scope, _SCOPES)
+    _checks.choice("reduce", reduce, REDUCTIONS)
+    _checks.choice("normalize", normalize, NORMALIZATIONS)
     _checks.positive_int("round_to", round_to)
     _checks.positive_int("min_units", min_units)
     targets = {"sparsity": sparsity, "params": params, "flops": flops}
@@ -75,78 +86,22 @@ def unit_masks(
         )
     ((target, value),) = given.items()
     _checks.fraction(target, value)
-    groups = _open_groups(graph, ignore)
-    ranked = [_normalized(_unit_scores(graph, scores, g, reduce), normalize) for g in groups]
+    groups = open_groups(graph, ignore)
+    _checks.same_structure("scores", scores, "the traced params", like_params(graph))
+    leaves = [np.asarray(x, np.float64) for x in graph.treedef.flatten_up_to(scores)]
+    ranked = [
+        normalized(unit_scores(leaves, places_of(graph, g), g.size, reduce), normalize)
+        for g in groups
+    ]
+    classes = _classes(graph, groups, scope)
 
     def choose(fraction: float) -> np.ndarray:
-        return _chosen(graph, groups, ranked, fraction, scope, round_to, min_units)
+        return _chosen(graph, groups, ranked, fraction, classes, round_to, min_units)
 
     if target == "sparsity":
-        return _as_masks(graph, choose(value))
+        return masks_without(graph, choose(value))
     measure = _measure(graph, target)
-    return _as_masks(graph, _search(choose, measure, target, value))
-
-
-def _open_groups(graph: Graph, ignore: Sequence[str]) -> list[Group]:
-    """The groups that `ignore` does not name."""
-    closed: set[str] = set()
-    for pattern in [ignore] if isinstance(ignore, str) else ignore:
-        regex = _trees.compile_pattern(pattern, parameter="ignore") if pattern else None
-        hits = {
-            group.name
-            for group in graph.groups
-            if group.name == pattern
-            or (regex is not None and any(regex.fullmatch(path) for path, _ in group.members))
-        }
-        if not hits and not (regex and any(regex.fullmatch(path) for path in graph.paths)):
-            raise ValueError(_trees.no_match(pattern, graph.paths, parameter="ignore"))
-        closed |= hits
-    return [g for g in graph.groups if g.name not in closed and g.kind == "units"]
-
-
-def _unit_scores(graph: Graph, scores: Scores, group: Group, reduce: str) -> np.ndarray:
-    """One score per unit of a group, in the order of `group.units`."""
-    _checks.same_structure("scores", scores, "the traced params", _like(graph))
-    leaves = dict(zip(graph.paths, graph.treedef.flatten_up_to(scores), strict=True))
-    place = np.full(len(graph.units.why), -1)
-    place[group.units] = np.arange(group.size)
-    total, count = np.zeros(group.size), np.zeros(group.size)
-    own = dict(zip(graph.paths, graph.own, strict=True))
-    scored = [(p, a) for p, a in group.members if np.ndim(leaves[p])]
-    for path, axis in scored[:1] if reduce == "first" else scored:
-        x = np.abs(np.asarray(leaves[path], np.float64)) if reduce in ("l1", "l2") else leaves[path]
-        x = np.moveaxis(np.asarray(x, np.float64), axis, 0).reshape(np.shape(x)[axis], -1)
-        per_index = {"l2": np.square(x).sum(1), "max": x.max(1, initial=-np.inf)}.get(
-            reduce, x.sum(1)
-        )
-        position, unit = graph.units.factors(graph.units.label[own[path].ids[axis]])
-        mine = place[unit] >= 0
-        position, index = position[mine], place[unit[mine]]
-        if reduce == "max":
-            np.maximum.at(total, index, per_index[position])
-        else:
-            np.add.at(total, index, per_index[position])
-        np.add.at(count, index, x.shape[1])
-    if reduce in ("mean", "first"):
-        total = total / np.maximum(count, 1)
-    total = np.sqrt(total) if reduce == "l2" else total
-    return np.where(count > 0, total, np.inf)  # units without any score stay
-
-
-def _like(graph: Graph) -> PyTree:
-    return graph.treedef.unflatten(graph.paths)
-
-
-def _normalized(x: np.ndarray, how: str) -> np.ndarray:
-    known = x[np.isfinite(x)]
-    if how == "none" or not len(known):
-        return x
-    if how == "gaussian":
-        return (x - known.mean()) / max(known.std(), 1e-30)
-    scale = {"mean": np.abs(known).mean(), "max": np.abs(known).max(), "sum": np.abs(known).sum()}[
-        how
-    ]
-    return x / max(scale, 1e-30)
+    return masks_without(graph, _search(choose, measure, target, value))
 
 
 def _chosen(
@@ -154,20 +109,20 @@ def _chosen(
     groups: list[Group],
     ranked: list[np.ndarray],
     fraction: float,
-    scope: str,
+    classes: np.ndarray,
     round_to: int,
     min_units: int,
 ) -> np.ndarray:
-    """Per component whether that unit goes, when `fraction` of all units should."""
-    if scope == "leaf":
-        wanted = [round(fraction * group.size) for group in groups]
-    else:
-        everything = np.concatenate([*ranked, np.zeros(0)])
-        owner = np.repeat(np.arange(len(groups)), [group.size for group in groups])
-        lowest = np.argsort(everything, kind="stable")[: round(fraction * len(everything))]
-        wanted = np.bincount(owner[lowest], minlength=len(groups)).tolist()
+    """Per component whether that unit goes, when `fraction` of the units of each class should."""
+    everything = np.concatenate([*ranked, np.zeros(0)])
+    owner = np.repeat(np.arange(len(groups)), [group.size for group in groups])
+    wanted = np.zeros(len(groups), int)
+    for kind in np.unique(classes):
+        mine = np.flatnonzero(classes[owner] == kind)
+        lowest = mine[np.argsort(everything[mine], kind="stable")][: round(fraction * len(mine))]
+        wanted += np.bincount(owner[lowest], minlength=len(groups))
     gone = np.zeros(len(graph.units.why), bool)
-    for group, score, count in zip(groups, ranked, wanted, strict=True):
+    for group, score, count in zip(groups, ranked, wanted.tolist(), strict=True):
         left = max(group.size - count, min(min_units, group.size))
         if group.size >= round_to:
             left = min(max(round(left / round_to), 1) * round_to, group.size)
@@ -175,6 +130,19 @@ def _chosen(
         finite = int(np.isfinite(score).sum())
         gone[group.units[np.argsort(score, kind="stable")[: min(group.size - left, finite)]]] = True
     return gone
+
+
+def _classes(graph: Graph, groups: list[Group], scope: str) -> np.ndarray:
+    """Numbers that are equal for groups which are ranked together."""
+    if scope != "isomorphic":
+        return np.arange(len(groups)) if scope == "leaf" else np.zeros(len(groups), int)
+    rank = dict(zip(graph.paths, map(len, graph.shapes), strict=True))
+    names = [
+        tuple(sorted({(path.rpartition("/")[2], rank[path], axis) for path, axis in group.members}))
+        for group in groups
+    ]
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names], int)
 
 
 def _measure(graph: Graph, target: str) -> Callable[[np.ndarray], float]:
@@ -212,19 +180,6 @@ def _search(
         if high - low < 1e-4:
             break
     return best
-
-
-def _as_masks(graph: Graph, gone: np.ndarray) -> Masks:
-    removed = graph.units.removed(gone)
-    masks = []
-    for axes, shape in zip(graph.own, graph.shapes, strict=True):
-        mask = np.ones((1,) * len(shape), bool)
-        for axis, ids in enumerate(axes.ids):
-            flags = removed[ids]
-            if flags.any():
-                mask = mask & ~flags.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-        masks.append(jnp.asarray(mask if not mask.all() else True))
-    return graph.treedef.unflatten(masks)
 
 
 def widths(graph: Graph, masks: Masks) -> dict[str, tuple[int, ...]]:

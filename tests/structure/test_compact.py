@@ -24,7 +24,7 @@ def random_masks(graph, fraction, seed=0):
     gone = np.zeros(len(graph.units.why), bool)
     for group in graph.groups:
         gone[rng.choice(group.units, int(group.size * fraction), replace=False)] = True
-    return jp.structure._units._as_masks(graph, gone)
+    return jp.structure._scoring.masks_without(graph, gone)
 
 
 def assert_close(a, b, tolerance=1e-4):
@@ -159,7 +159,7 @@ class TestUnitMasks:
         fn, params, x = build("residual")
         return fn, params, x, jp.trace(fn, params, x)
 
-    @pytest.mark.parametrize("scope", ["global", "leaf"])
+    @pytest.mark.parametrize("scope", ["global", "leaf", "isomorphic"])
     @pytest.mark.parametrize("reduce", ["mean", "l1", "l2", "max", "first"])
     @pytest.mark.parametrize("normalize", ["mean", "none", "max", "sum", "gaussian"])
     def test_sparsity(self, traced, scope, reduce, normalize):

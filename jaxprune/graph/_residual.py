@@ -1,0 +1,151 @@
+"""Residual blocks: where a value is added to something computed from it."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxprune.graph._axes import Axes
+from jaxprune.graph._nested import scanned_ids
+from jaxprune.graph._program import Operation, Program
+from jaxprune.graph._trace import Graph, walk
+from jaxprune.graph._units import Facts
+
+_VIEWS = frozenset(["convert_element_type", "reshape", "copy", "name", "optimization_barrier"])
+
+
+class Block(NamedTuple):
+    """A branch that is added to the stream it came from.
+
+    Attributes:
+      before: number of the value that goes around the branch.
+      after: number of the sum.
+      leaves: positions of the parameters that only the branch reads.
+    """
+
+    before: int
+    after: int
+    leaves: tuple[int, ...]
+
+
+def residual_blocks(graph: Graph) -> list[Block]:
+    """The branches that vanish when the parameters that only they read are masked, in order."""
+    return _Search(graph).blocks()
+
+
+def turns_of(graph: Graph) -> dict[int, np.ndarray]:
+    """The ids of the turns of each scan, by the number of its first result."""
+    found = {}
+    for operation in graph.program.operations:
+        ids = scanned_ids(operation, graph.axes)
+        if ids is not None:
+            found[operation.outs[0]] = ids
+    return found
+
+
+class _Search:
+    """Who makes and who uses each value; what depends on data."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, program = graph, graph.program
+        self.positions = {number: i for i, number in enumerate(program.inputs[: len(graph.paths)])}
+        self.data = set(program.inputs[len(graph.paths) :])
+        self.by_id = {id(operation): operation for operation in program.operations}
+        self.maker: dict[int, Operation] = {}
+        self.users: dict[int, list[int]] = {}
+        for operation in program.operations:
+            if self.data.intersection(operation.ins):
+                self.data.update(operation.outs)
+            self.maker.update(dict.fromkeys(operation.outs, operation))
+            for i in set(operation.ins):
+                self.users.setdefault(i, []).append(id(operation))
+        self.uses_leaf: dict[int, frozenset[int]] = {}
+
+    def blocks(self) -> list[Block]:
+        found: list[Block] = []
+        around: dict[int, int] = {}  # sum -> the stream before it
+        for operation in self.graph.program.operations:
+            if operation.primitive.name not in ("add", "add_any", "sub"):
+                continue
+            (a, b), (out,) = operation.ins, operation.outs
+            if not {a, b} <= self.data:
+                continue
+            for skip, branch in ((a, b), (b, a)):
+                block = self._block(skip, branch, out, around)
+                if block is not None:
+                    found.append(block)
+                    around[out] = skip
+                    break
+        return found
+
+    def _block(self, skip: int, branch: int, out: int, around: dict[int, int]) -> Block | None:
+        stream = {skip}
+        number = skip
+        while True:  # the stream under other names, and before a parallel branch joined it
+            maker = self.maker.get(number)
+            if number in around:
+                number = around[number]
+            elif maker is not None and maker.primitive.name in _VIEWS:
+                number = maker.ins[0]
+            else:
+                break
+            stream.add(number)
+        operations, leaves, reached = self._within(branch, stream)
+        if not reached:
+            return None
+        members = {id(operation) for operation in operations}
+        own = sorted(leaf for leaf in leaves if self._users_of(leaf) <= members)
+        if own and self._vanishes(operations, branch, own):
+            return Block(skip, out, tuple(self.positions[leaf] for leaf in own))
+        return None
+
+    def _within(self, branch: int, stream: set[int]) -> tuple[list[Operation], set[int], bool]:
+        """What computes a branch from the stream: operations, parameters, and whether the stream is read."""
+        first = min(stream)
+        waiting, seen, leaves, reached = [branch], {branch}, set(), False
+        operations: dict[int, Operation] = {}
+        while waiting:
+            number = waiting.pop()
+            if number in stream:
+                reached = True
+                continue
+            if number in self.positions:
+                leaves.add(number)
+            maker = self.maker.get(number)
+            # values older than the stream come from outside, unless they are views of parameters
+            if maker is None or (number < first and number in self.data):
+                continue
+            operations[id(maker)] = maker
+            for i in maker.ins:
+                if i not in seen:
+                    seen.add(i)
+                    waiting.append(i)
+        return sorted(operations.values(), key=lambda x: x.outs[0]), leaves, reached
+
+    def _users_of(self, leaf: int) -> frozenset[int]:
+        """Operations that read a parameter, or a view of it that depends on no data."""
+        if leaf not in self.uses_leaf:
+            waiting, found = [leaf], set()
+            while waiting:
+                for user in self.users.get(waiting.pop(), ()):
+                    if user not in found:
+                        found.add(user)
+                        waiting += [i for i in self.by_id[user].outs if i not in self.data]
+            self.uses_leaf[leaf] = frozenset(found)
+        return self.uses_leaf[leaf]
+
+    def _vanishes(self, operations: list[Operation], branch: int, leaves: list[int]) -> bool:
+        """Whether the branch is zero throughout once these parameters are."""
+        made = {i for operation in operations for i in operation.outs}
+        needed = {i for operation in operations for i in operation.ins} - made
+        constants = {i: v for i, v in self.graph.program.constants.items() if i in needed}
+        inputs = sorted(needed - set(constants))
+        part = Program(self.graph.program.avals, constants, inputs, operations, [branch])
+        known = [self.graph.axes[i] for i in inputs]
+        blank = set(leaves)
+        ins = [
+            Axes(
+                x.ids, tuple(np.zeros(len(z), bool) for z in x.zero), 0.0 if i in blank else x.value
+            )
+            for i, x in zip(inputs, known, strict=True)
+        ]
+        return walk(part, ins, Facts())[branch].is_zero

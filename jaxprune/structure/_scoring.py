@@ -1,0 +1,138 @@
+"""Scores of units, gathered from the scores of all entries of all their slices."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import _trees
+from jaxprune._types import Masks, PyTree
+from jaxprune.graph import Graph, Group
+
+REDUCTIONS = ("mean", "l1", "l2", "max", "first")
+NORMALIZATIONS = ("mean", "none", "max", "sum", "gaussian")
+_TINY = 1e-30
+
+
+class Place(NamedTuple):
+    """Where units of a group lie in a leaf.
+
+    Attributes:
+      leaf: position of the leaf.
+      axis: axis of the leaf.
+      slices: numbers of slices along it.
+      units: the unit of each, counted within the group.
+    """
+
+    leaf: int
+    axis: int
+    slices: np.ndarray
+    units: np.ndarray
+
+
+def places_of(graph: Graph, group: Group) -> list[Place]:
+    """Where the units of a group lie."""
+    order = np.full(len(graph.units.why), -1)
+    order[group.units] = np.arange(group.size)
+    position = {path: i for i, path in enumerate(graph.paths)}
+    found = []
+    for path, axis in group.members:
+        leaf = position[path]
+        slices, unit = graph.units.factors(graph.units.label[graph.own[leaf].ids[axis]])
+        mine = order[unit] >= 0
+        found.append(Place(leaf, axis, slices[mine], order[unit[mine]]))
+    return found
+
+
+def unit_scores(leaves: Sequence[Any], places: list[Place], size: int, reduce: str) -> Any:
+    """One score per unit: NumPy arrays from NumPy leaves, JAX arrays from JAX leaves.
+
+    Scores of `-inf` belong to entries that are masked already and do not count; a unit that has no others
+    scores `-inf`. Leaves that score a scalar say nothing; a unit that nothing scores stays: `+inf`.
+    """
+    scored = [place for place in places if leaves[place.leaf].ndim]
+    scored = scored[:1] if reduce == "first" else scored
+    on_host = all(isinstance(x, np.ndarray) for x in leaves)
+    xp: Any = np if on_host else jnp
+    total = xp.full(size, -np.inf) if reduce == "max" else xp.zeros(size)
+    count = xp.zeros(size)
+    for place in scored:
+        x = leaves[place.leaf]
+        counts = x > -np.inf
+        x = xp.where(counts, xp.abs(x) if reduce in ("l1", "l2") else x, 0)
+        rest = tuple(i for i in range(x.ndim) if i != place.axis)
+        if reduce == "max":
+            each = xp.where(counts, x, -np.inf).max(axis=rest)
+        else:
+            each = (x * x if reduce == "l2" else x).sum(axis=rest)
+        total = _gathered(total, each, place, "max" if reduce == "max" else "add")
+        count = _gathered(count, counts.sum(axis=rest), place, "add")
+    if not scored:
+        return xp.full(size, np.inf)
+    if reduce in ("mean", "first"):
+        total = total / xp.maximum(count, 1)
+    total = xp.sqrt(total) if reduce == "l2" else total
+    touched = np.bincount(np.concatenate([p.units for p in scored]), minlength=size) > 0
+    return xp.where(touched, xp.where(count > 0, total, -np.inf), np.inf)
+
+
+def _gathered(total: Any, each: Any, place: Place, how: str) -> Any:
+    if isinstance(total, np.ndarray):
+        (np.maximum if how == "max" else np.add).at(total, place.units, each[place.slices])
+        return total
+    return getattr(total.at[place.units], how)(each[place.slices].astype(total.dtype))
+
+
+def normalized(x: Any, how: str) -> Any:
+    """Unit scores of a group on a scale that groups share; infinite ones stay."""
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    if how == "none":
+        return x
+    known = xp.isfinite(x)
+    count = xp.maximum(known.sum(), 1)
+    mean = xp.where(known, x, 0).sum() / count
+    if how == "gaussian":
+        deviation = xp.sqrt(
+            xp.where(known, xp.square(xp.where(known, x, 0) - mean), 0).sum() / count
+        )
+        return xp.where(known, (xp.where(known, x, 0) - mean) / xp.maximum(deviation, _TINY), x)
+    sizes = xp.where(known, xp.abs(x), 0)
+    scale = {"mean": sizes.sum() / count, "max": sizes.max(initial=0), "sum": sizes.sum()}[how]
+    return x / xp.maximum(scale, _TINY)
+
+
+def open_groups(graph: Graph, ignore: Sequence[str]) -> list[Group]:
+    """The groups of units that `ignore` does not name."""
+    closed: set[str] = set()
+    for pattern in [ignore] if isinstance(ignore, str) else ignore:
+        regex = _trees.compile_pattern(pattern, parameter="ignore") if pattern else None
+        hits = {
+            group.name
+            for group in graph.groups
+            if group.name == pattern
+            or (regex is not None and any(regex.fullmatch(path) for path, _ in group.members))
+        }
+        if not hits and not (regex and any(regex.fullmatch(path) for path in graph.paths)):
+            raise ValueError(_trees.no_match(pattern, graph.paths, parameter="ignore"))
+        closed |= hits
+    return [g for g in graph.groups if g.name not in closed and g.kind == "units"]
+
+
+def like_params(graph: Graph) -> PyTree:
+    """A tree of the structure of the traced parameters."""
+    return graph.treedef.unflatten(graph.paths)
+
+
+def masks_without(graph: Graph, gone: np.ndarray) -> Masks:
+    """Masks that remove some units, given per component whether it goes."""
+    removed = graph.units.removed(gone)
+    masks = []
+    for axes, shape in zip(graph.own, graph.shapes, strict=True):
+        mask = np.ones((1,) * len(shape), bool)
+        for axis, ids in enumerate(axes.ids):
+            flags = removed[ids]
+            if flags.any():
+                mask = mask & ~flags.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        masks.append(jnp.asarray(mask if not mask.all() else True))
+    return graph.treedef.unflatten(masks)
