@@ -5,7 +5,7 @@ under masks, `trace`, `structure` and `compact` remove channels for good, `quant
 few bits, `export` saves, `report` shows what was gained.
 """
 
-from jaxprune import budgets, export, masks, optim, quantize, schedules, scores, structure
+from jaxprune import budgets, export, masks, nnx, optim, quantize, schedules, scores, structure
 from jaxprune.graph import trace
 from jaxprune.masks import (
     apply_masks,
@@ -39,6 +39,7 @@ __all__ = [
     "masked_update",
     "masks",
     "nbytes",
+    "nnx",
     "optim",
     "pack_masks",
     "prune_tree",

@@ -18,6 +18,7 @@ LAYERS = {
     "graph": 1,
     "structure": 2,
     "optim": 2,
+    "nnx": 3,
     "export": 3,
     "reports": 3,
     "cli": 4,
@@ -29,7 +30,7 @@ SIBLINGS = {
     ("_checks", "_types"),
     ("schedules", "_checks"),
 }
-ONLY = {"optax": {"optim", "cli"}, "flax": {"cli"}, "orbax": {"export"}, "matplotlib": {"reports"}}
+ONLY = {"optax": {"optim", "cli"}, "flax": {"cli", "nnx"}, "orbax": {"export"}, "matplotlib": {"reports"}}
 
 
 def imports(file):

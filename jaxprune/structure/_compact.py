@@ -1,5 +1,6 @@
 """Masked units removed for good: a smaller function and smaller parameters."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ class SmallFunction:
         start: Reduced,
         blank: tuple[int, ...],
     ) -> None:
+        """Made by `jp.compact`."""
         self._fn, self._full, self._updates, self._blank = fn, full, updates, blank
         self.differences: dict[str, float] | None = None
         self.__name__ = getattr(fn, "__name__", type(fn).__name__)
@@ -51,6 +53,12 @@ class SmallFunction:
         ]
         self._small = [_sizes(left) for left in start.kept]
         self._plans: dict[Any, tuple[Graph, Reduced]] = {}
+
+    def of(self, fn: Callable[..., Any]) -> "SmallFunction":
+        """Another function of the same parameters, such as the network in train mode, at these sizes."""
+        other = copy.copy(self)
+        other._fn, other._plans, other.differences = fn, {}, None
+        return other
 
     def remember(self, args: Any, kwargs: Any, graph: Graph, found: Reduced) -> None:
         """Keeps a plan for these inputs."""
