@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,30 +14,12 @@ from jaxprune._types import Masks, Params
 from jaxprune.graph._axes import Axes, fresh_axes, frozen_axes, no_rule
 from jaxprune.graph._cost import Cost, cost_of
 from jaxprune.graph._couple import RULES
+from jaxprune.graph._groups import Group, frozen_of, groups_of
 from jaxprune.graph._nested import RULES as NESTED
 from jaxprune.graph._program import Program, trace_program
 from jaxprune.graph._removal import Removal, dead_slices, removal_of
 from jaxprune.graph._units import Facts, Units
 from jaxprune.graph._vanish import Work, gone_leaves, needed_work
-
-
-@dataclass(frozen=True)
-class Group:
-    """Units that live on the same axes: the channels of some layers, the heads of an attention.
-
-    Attributes:
-      name: the member that makes them, as `path[axis]`.
-      size: number of units.
-      members: every `(path, axis)` that shrinks with them.
-      units: numbers of the units.
-      kind: `"units"`, or `"layers"` where each is one turn of a scan over stacked layers.
-    """
-
-    name: str
-    size: int
-    members: tuple[tuple[str, int], ...]
-    units: np.ndarray
-    kind: str = "units"
 
 
 @dataclass(frozen=True)
@@ -47,25 +30,33 @@ class Graph:
       paths: path of each leaf of the parameters, in flatten order.
       shapes: shape of each leaf.
       treedef: structure of the parameters.
-      groups: what can shrink.
-      frozen: `((path, axis), reason)` for what cannot.
       program: the operations.
       axes: ids of each value of the program.
       units: the solved facts.
       bodies: programs within operations, and their axes, by place.
       updated: which outputs are updated copies of which leaves, by position.
+      turns: units that are turns of scans over stacked layers.
     """
 
     paths: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     treedef: Any
-    groups: tuple[Group, ...]
-    frozen: tuple[tuple[tuple[str, int], str], ...]
     program: Program
     axes: tuple[Axes, ...]
     units: Units
     bodies: dict[tuple[int, ...], Any]
     updated: dict[int, int]
+    turns: frozenset[int]
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """What can shrink."""
+        return groups_of(self.paths, self.own, self.units, self.turns)
+
+    @cached_property
+    def frozen(self) -> tuple[tuple[tuple[str, int], str], ...]:
+        """`((path, axis), reason)` for what cannot, or not all of it."""
+        return frozen_of(self.paths, self.own, self.units)
 
     def cost(self, masks: Masks | None = None) -> Cost:
         """What a call costs: FLOPs, multiply-adds and bytes, per operation and in total.
@@ -160,13 +151,18 @@ def trace(
     updated = updated_leaves(program, paths, updates)
     axes = couple(program, len(leaves), facts, updated)
     units = facts.solve()
-    numbers = program.inputs[: len(leaves)]
     shapes = tuple(tuple(np.shape(leaf)) for leaf in leaves)
     turns = np.unique(units.label[np.concatenate([*facts.turns, np.zeros(0, np.int64)])])
-    groups, frozen = _groups(paths, [axes[i] for i in numbers], units, set(turns.tolist()))
-    bodies = facts.bodies
     return Graph(
-        tuple(paths), shapes, treedef, groups, frozen, program, axes, units, bodies, updated
+        tuple(paths),
+        shapes,
+        treedef,
+        program,
+        axes,
+        units,
+        facts.bodies,
+        updated,
+        frozenset(turns.tolist()),
     )
 
 
@@ -248,47 +244,6 @@ def updated_leaves(
                 "collections under the names that they have in params, e.g. lambda out: out[1]"
             )
     return {position: known[name] for name, position in zip(names, positions, strict=True)}
-
-
-def _groups(
-    paths: list[str], params: list[Axes], units: Units, turns: set[int]
-) -> tuple[tuple[Group, ...], tuple[tuple[tuple[str, int], str], ...]]:
-    members: dict[int, list[tuple[str, int]]] = {}
-    frozen = []
-    for path, axes in zip(paths, params, strict=True):
-        for axis, ids in enumerate(axes.ids):
-            parts = np.unique(units.label[ids])
-            stuck = units.why[parts] >= 0
-            if len(parts) and stuck.all():
-                reason = "it has one entry" if len(ids) == 1 else units.reasons[units.why[parts[0]]]
-                frozen.append(((path, axis), reason))
-            found = np.unique(units.factors(parts[~stuck])[1])
-            for unit in found[units.why[found] < 0].tolist():
-                members.setdefault(unit, []).append((path, axis))
-    alike: dict[tuple[tuple[str, int], ...], list[int]] = {}
-    for unit, entry in members.items():
-        alike.setdefault(tuple(dict.fromkeys(entry)), []).append(unit)
-    # rows and columns of one product live on the same axes: heads and head dimensions
-    columns = set(units.column[units.column >= 0].tolist())
-    rank = {path: len(axes.ids) for path, axes in zip(paths, params, strict=True)}
-    groups = []
-    for entry, found in alike.items():
-        inner = [unit for unit in found if unit in columns]
-        outer = [unit for unit in found if unit not in columns]
-        for part, suffix in ((outer, " (outer)"), (inner, " (inner)")):
-            if part:
-                kind = "layers" if turns.issuperset(part) else "units"
-                name = _name(entry, rank) + (suffix if inner and outer else "")
-                groups.append(Group(name, len(part), entry, np.array(part), kind))
-    return tuple(groups), tuple(frozen)
-
-
-def _name(members: tuple[tuple[str, int], ...], rank: dict[str, int]) -> str:
-    """A matrix that makes the units, if there is one, else any, else the first member."""
-    matrices = [(path, axis) for path, axis in members if rank[path] > 1]
-    makers = [(path, axis) for path, axis in matrices if axis == rank[path] - 1]
-    path, axis = (makers or matrices or list(members))[0]
-    return f"{path}[{axis}]"
 
 
 def needed_without(graph: Graph, blank: tuple[int, ...]) -> tuple[Work, set[int]]:

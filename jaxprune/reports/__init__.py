@@ -1,7 +1,8 @@
 """What was gained: bytes, bits, zeros and latency, as a table; accuracy against size, as a picture."""
 
+from jaxprune.reports._groups import plot_groups
 from jaxprune.reports._plot import plot_accuracy
 from jaxprune.reports._size import nbytes
 from jaxprune.reports._table import Report, Row, human_bytes, report, seconds
 
-__all__ = ["Report", "Row", "human_bytes", "nbytes", "plot_accuracy", "report", "seconds"]
+__all__ = ["Report", "Row", "human_bytes", "nbytes", "plot_accuracy", "plot_groups", "report", "seconds"]

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxprune import _checks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_accuracy(
@@ -46,11 +50,7 @@ def plot_accuracy(
         )
     for value in nbytes:
         _checks.positive("nbytes", value)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('matplotlib is missing: pip install "jaxprune[plots]"') from error
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    figure = new_figure(6.4, 4.0)
     axes = figure.add_subplot()
     size, percent = np.asarray(nbytes) / 1000, 100 * np.asarray(accuracy)
     axes.plot(size, percent, color="0.75", zorder=1)
@@ -72,3 +72,12 @@ def plot_accuracy(
     path = Path(path)
     figure.savefig(path)
     return path
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('matplotlib is missing: pip install "jaxprune[plots]"') from error
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")

@@ -57,17 +57,23 @@ def unit_scores(leaves: Sequence[Any], places: list[Place], size: int, reduce: s
     xp: Any = np if on_host else jnp
     total = xp.full(size, -np.inf) if reduce == "max" else xp.zeros(size)
     count = xp.zeros(size)
+    wide = np.float64 if on_host else None
     for place in scored:
         x = leaves[place.leaf]
-        counts = x > -np.inf
-        x = xp.where(counts, xp.abs(x) if reduce in ("l1", "l2") else x, 0)
         rest = tuple(i for i in range(x.ndim) if i != place.axis)
-        if reduce == "max":
-            each = xp.where(counts, x, -np.inf).max(axis=rest)
+        if on_host and not np.isneginf(np.min(x, initial=0)):
+            counts = np.full(x.shape[place.axis], x.size // x.shape[place.axis])
         else:
-            each = (x * x if reduce == "l2" else x).sum(axis=rest)
+            known = x > -np.inf
+            counts, x = known.sum(axis=rest), xp.where(known, x, -np.inf if reduce == "max" else 0)
+        if reduce == "max":
+            each = x.max(axis=rest)
+        elif reduce == "l1":
+            each = xp.abs(x).sum(axis=rest, dtype=wide)
+        else:
+            each = (x * x if reduce == "l2" else x).sum(axis=rest, dtype=wide)
         total = _gathered(total, each, place, "max" if reduce == "max" else "add")
-        count = _gathered(count, counts.sum(axis=rest), place, "add")
+        count = _gathered(count, counts, place, "add")
     if not scored:
         return xp.full(size, np.inf)
     if reduce in ("mean", "first"):

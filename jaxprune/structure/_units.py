@@ -1,6 +1,7 @@
 """Which units go: scores of entries gathered into scores of units, and the lowest of them masked."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def unit_masks(
     _checks.fraction(target, value)
     groups = open_groups(graph, ignore)
     _checks.same_structure("scores", scores, "the traced params", like_params(graph))
-    leaves = [np.asarray(x, np.float64) for x in graph.treedef.flatten_up_to(scores)]
+    leaves = [_on_host(x) for x in graph.treedef.flatten_up_to(scores)]
     ranked = [
         normalized(unit_scores(leaves, places_of(graph, g), g.size, reduce), normalize)
         for g in groups
@@ -130,6 +131,11 @@ def _chosen(
         finite = int(np.isfinite(score).sum())
         gone[group.units[np.argsort(score, kind="stable")[: min(group.size - left, finite)]]] = True
     return gone
+
+
+def _on_host(x: Any) -> np.ndarray:
+    x = np.asarray(x)
+    return x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
 
 
 def _classes(graph: Graph, groups: list[Group], scope: str) -> np.ndarray:

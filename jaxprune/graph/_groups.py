@@ -1,0 +1,105 @@
+"""Units gathered into groups with names, and the reasons of those that cannot shrink."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxprune.graph._axes import Axes
+from jaxprune.graph._units import Units
+
+Member = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that live on the same axes: the channels of some layers, the heads of an attention.
+
+    Attributes:
+      name: the member that makes them, as `path[axis]`.
+      size: number of units.
+      members: every `(path, axis)` that shrinks with them.
+      units: numbers of the units.
+      kind: `"units"`, or `"layers"` where each is one turn of a scan over stacked layers.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    units: np.ndarray
+    kind: str = "units"
+
+
+def groups_of(
+    paths: tuple[str, ...], own: list[Axes], units: Units, turns: frozenset[int]
+) -> tuple[Group, ...]:
+    """The units that can shrink, gathered by the axes that they live on.
+
+    Args:
+      paths: path of each parameter.
+      own: its axes.
+      units: the solved facts.
+      turns: units that are turns of scans.
+    """
+    members: list[Member] = []
+    pairs = [np.zeros((2, 0), np.int64)]
+    for path, axes in zip(paths, own, strict=True):
+        for axis, ids in enumerate(axes.ids):
+            parts = np.unique(units.label[ids])
+            found = np.unique(units.factors(parts[units.why[parts] < 0])[1])
+            found = found[units.why[found] < 0]
+            pairs.append(np.stack([found, np.full(len(found), len(members))]))
+            members.append((path, axis))
+    unit, member = np.concatenate(pairs, axis=1)
+    # units with the same set of members have the same sum of random numbers
+    marks = np.random.default_rng(0).integers(0, 2**63, (len(members), 2), np.uint64)
+    sums = np.zeros((len(units.why), 2), np.uint64)
+    np.add.at(sums, unit, marks[member])
+    first = np.full(len(units.why), len(members))
+    np.minimum.at(first, unit, member)
+    seen = np.flatnonzero(first < len(members))
+    seen = seen[np.argsort(first[seen], kind="stable")]
+    _, representative, kind = np.unique(sums[seen], axis=0, return_index=True, return_inverse=True)
+    kind = kind.reshape(-1)
+    by_unit = np.argsort(unit, kind="stable")
+    start = np.searchsorted(unit[by_unit], np.arange(len(units.why) + 1))
+    # rows and columns of one product live on the same axes: heads and head dimensions
+    column = np.zeros(len(units.why), bool)
+    column[units.column[units.column >= 0]] = True
+    rank = {path: len(axes.ids) for path, axes in zip(paths, own, strict=True)}
+    groups = []
+    for which in np.argsort(representative):
+        mine = seen[kind == which]
+        entry = tuple(members[i] for i in member[by_unit[start[mine[0]] : start[mine[0] + 1]]])
+        outer, inner = mine[~column[mine]], mine[column[mine]]
+        for part, suffix in ((outer, " (outer)"), (inner, " (inner)")):
+            if len(part):
+                layers = turns.issuperset(part.tolist())
+                name = _name(entry, rank) + (suffix if len(inner) and len(outer) else "")
+                groups.append(Group(name, len(part), entry, part, "layers" if layers else "units"))
+    return tuple(groups)
+
+
+def _name(members: tuple[Member, ...], rank: dict[str, int]) -> str:
+    """A matrix that makes the units, if there is one, else any, else the first member."""
+    matrices = [(path, axis) for path, axis in members if rank[path] > 1]
+    makers = [(path, axis) for path, axis in matrices if axis == rank[path] - 1]
+    path, axis = (makers or matrices or list(members))[0]
+    return f"{path}[{axis}]"
+
+
+def frozen_of(
+    paths: tuple[str, ...], own: list[Axes], units: Units
+) -> tuple[tuple[Member, str], ...]:
+    """The axes that cannot shrink, or not all of them, each with a reason."""
+    found = []
+    for path, axes in zip(paths, own, strict=True):
+        for axis, ids in enumerate(axes.ids):
+            why = units.why[units.label[ids]]
+            stuck = why[why >= 0]
+            if not len(stuck):
+                continue
+            reason = units.reasons[stuck[0]] if len(ids) > 1 else "it has one entry"
+            if len(stuck) < len(ids):
+                reason = f"{len(stuck)} of its {len(ids)} indices: {reason}"
+            found.append(((path, axis), reason))
+    return tuple(found)
