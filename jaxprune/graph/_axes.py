@@ -1,6 +1,6 @@
 """What is known of a value while a program is walked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,13 @@ Rule = Callable[[Facts, dict[str, Any], str, list[Axes], list[tuple[int, ...]]],
 """`(facts, params, source, operands, shapes of the results) -> results`."""
 
 
-def variety(ids: np.ndarray) -> int:
-    """Few ids first: repeated ids remember how an axis was merged."""
+def plainest(candidates: Iterable[np.ndarray]) -> np.ndarray:
+    """The ids with the fewest different ones: repeated ids remember how an axis was merged."""
+    different = list({id(ids): ids for ids in candidates}.values())
+    return different[0] if len(different) == 1 else min(different, key=_variety)
+
+
+def _variety(ids: np.ndarray) -> int:
     return len(np.unique(ids)) if ids.any() else -1
 
 
@@ -68,7 +73,7 @@ def joined(facts: Facts, ins: list[Axes], axes: Any) -> tuple[list[np.ndarray], 
     """Ids and zeros of some axes along which operands go side by side."""
     ids, zero = [], []
     for axis in axes:
-        chosen = min((x.ids[axis] for x in ins), key=variety)
+        chosen = plainest(x.ids[axis] for x in ins)
         for x in ins:
             facts.equate(chosen, x.ids[axis])
         ids.append(chosen)

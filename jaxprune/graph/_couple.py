@@ -11,6 +11,7 @@ from jaxprune.graph._elementwise import BINARY, UNARY, elementwise
 from jaxprune.graph._indexing import (
     dynamic_slice_rule,
     dynamic_update_rule,
+    fft_rule,
     gather_rule,
     leading_rule,
     scatter_rule,
@@ -91,6 +92,7 @@ RULES: dict[str, Rule] = {
             "_sub",
         )
     },
+    "fft": fft_rule,
     "top_k": top_k_rule,
     "approx_top_k": top_k_rule,
     **dict.fromkeys(("iota", "random_bits", "rng_uniform", "empty2"), generated_rule),

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.graph._axes import Axes, Rule, variety
+from jaxprune.graph._axes import Axes, Rule, plainest
 from jaxprune.graph._units import Facts
 
 ZERO_PRESERVING = frozenset(
@@ -124,7 +124,7 @@ def elementwise(name: str) -> Rule:
         ids, zero = [], []
         for axis, n in enumerate(shape):
             carrying = [x for x in ins if len(x.shape) == len(shape) and x.shape[axis] == n]
-            chosen = min((x.ids[axis] for x in carrying), key=variety)
+            chosen = plainest(x.ids[axis] for x in carrying)
             for x in carrying:
                 facts.equate(chosen, x.ids[axis])
             ids.append(chosen)

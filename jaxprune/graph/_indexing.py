@@ -125,3 +125,15 @@ def leading_rule(name: str, last: int) -> Rule:
         return found
 
     return rule
+
+
+def fft_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    """Transforms of the last axes: a vector of zeros stays zero."""
+    x, mixed = ins[0], len(params["fft_lengths"])
+    lead = len(x.ids) - mixed
+    for ids in x.ids[lead:]:
+        facts.freeze(ids, f"a Fourier transform mixes it at {source}")
+    rest = outs[0][lead:]
+    ids = (*x.ids[:lead], *(np.full(n, FROZEN) for n in rest))
+    zero = (*x.zero[:lead], *(np.zeros(n, bool) for n in rest))
+    return [Axes(ids, zero, 0.0 if x.is_zero else None)]

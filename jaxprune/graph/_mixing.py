@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.graph._axes import Axes, Rule, joined, no_rule, passed_or_frozen, variety
+from jaxprune.graph._axes import Axes, Rule, joined, no_rule, passed_or_frozen, plainest
 from jaxprune.graph._shapes import split_axis
 from jaxprune.graph._units import FROZEN, Facts
 
@@ -54,7 +54,7 @@ def dot_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> lis
     ids, zero = [], []
     for a, b in zip(lb, rb, strict=True):
         facts.equate(lhs.ids[a], rhs.ids[b])
-        ids.append(min(lhs.ids[a], rhs.ids[b], key=variety))
+        ids.append(plainest((lhs.ids[a], rhs.ids[b])))
         zero.append(lhs.zero[a] | rhs.zero[b])
     for x, used in ((lhs, (*lc, *lb)), (rhs, (*rc, *rb))):
         free = [i for i in range(len(x.ids)) if i not in used]
@@ -82,7 +82,7 @@ def conv_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> li
         before, zero_before, within, vanishes = split_axis(
             facts, lhs.ids[lc], lhs.zero[lc], groups, lhs.shape[lc] // groups
         )
-        after, _, each, zero_each = split_axis(
+        after, *_ = split_axis(
             facts, rhs.ids[ro], rhs.zero[ro], groups, rhs.shape[ro] // groups
         )
         facts.equate(before, after)

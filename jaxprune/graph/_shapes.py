@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.graph._axes import Axes, fresh_axes, joined, no_rule, passed_or_frozen, variety
+from jaxprune.graph._axes import Axes, fresh_axes, joined, no_rule, passed_or_frozen, plainest
 from jaxprune.graph._units import FROZEN, Facts
 
 
@@ -119,7 +119,7 @@ def concatenate_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any
             ids.append(np.concatenate(parts))
             zero.append(np.concatenate(flags))
         else:
-            chosen = min(parts, key=variety)
+            chosen = plainest(parts)
             for part in parts:
                 facts.equate(chosen, part)
             ids.append(chosen)
