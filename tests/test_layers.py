@@ -30,7 +30,12 @@ SIBLINGS = {
     ("_checks", "_types"),
     ("schedules", "_checks"),
 }
-ONLY = {"optax": {"optim", "cli"}, "flax": {"cli", "nnx"}, "orbax": {"export"}, "matplotlib": {"reports"}}
+ONLY = {
+    "optax": {"optim", "cli"},
+    "flax": {"cli", "nnx"},
+    "orbax": {"export"},
+    "matplotlib": {"reports"},
+}
 
 
 def imports(file):

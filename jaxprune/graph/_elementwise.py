@@ -47,6 +47,11 @@ ZERO_PRESERVING = frozenset(
         "mesh_cast",
         "reshard",
         "pvary",
+        "psum",
+        "psum_invariant",
+        "pmax",
+        "pmin",
+        "ppermute",
         "pcast",
     ]
 )

@@ -82,9 +82,7 @@ def conv_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> li
         before, zero_before, within, vanishes = split_axis(
             facts, lhs.ids[lc], lhs.zero[lc], groups, lhs.shape[lc] // groups
         )
-        after, *_ = split_axis(
-            facts, rhs.ids[ro], rhs.zero[ro], groups, rhs.shape[ro] // groups
-        )
+        after, *_ = split_axis(facts, rhs.ids[ro], rhs.zero[ro], groups, rhs.shape[ro] // groups)
         facts.equate(before, after)
         if lhs.shape[lc] == groups:  # depthwise: what comes from a zero channel is zero
             zero[oc] = rhs.zero[ro] | np.repeat(zero_before, rhs.shape[ro] // groups)

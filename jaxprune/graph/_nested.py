@@ -137,7 +137,7 @@ class _Masked(NamedTuple):
 def _masked_turn(
     walk: Walk, program: Program, consts: list[Axes], carry: list[Axes], scanned: list[Axes]
 ) -> _Masked:
-    """What a turn does when the slices that can be masked are: values that vanish or stay as they were."""
+    """What a turn does once its slices are masked: values that vanish or stay as they were."""
     blank = [Axes(x.ids[1:], x.zero[1:], 0.0 if x.zero[0].all() else x.value) for x in scanned]
     scratch = Facts()
     axes = walk(program, [*consts, *carry, *blank], scratch)
@@ -291,7 +291,7 @@ def _run_shards(params: dict[str, Any], turns: list[Turn], operands: list[Any]) 
         mesh=params["mesh"],
         in_specs=tuple(params["in_specs"]),
         out_specs=tuple(params["out_specs"]),
-        axis_names=params["manual_axes"],
+        axis_names=params.get("newly_manual_axes", params.get("manual_axes")),
         check_vma=params["check_vma"],
     )
     return list(mapped(*operands))

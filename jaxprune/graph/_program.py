@@ -81,7 +81,8 @@ def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
         inspect.signature(fn).bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(
-            f"fn: {error}; give the example inputs after params, as fn is called: trace(fn, params, *args)"
+            f"fn: {error}; give the example inputs after params, as fn is called: "
+            "trace(fn, params, *args)"
         ) from error
     except ValueError:  # some callables have no signature
         pass
@@ -89,8 +90,9 @@ def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
         closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         raise ValueError(
-            f"fn: cannot be traced: {_line_of(error)} needs the value of an array ({type(error).__name__}); "
-            "use jnp.where or jax.lax.cond there, or bind what is static with functools.partial"
+            f"fn: cannot be traced: {_line_of(error)} needs the value of an array "
+            f"({type(error).__name__}); use jnp.where or jax.lax.cond there, or bind what is static with "
+            "functools.partial"
         ) from error
     program = Program(out_tree=jax.tree.structure(shapes))
     program.inputs = [_new(program, var.aval) for var in closed.jaxpr.invars]

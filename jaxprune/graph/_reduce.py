@@ -15,7 +15,8 @@ class Reduced(NamedTuple):
 
     Attributes:
       plan: how to run it.
-      kept: per parameter and axis the indices that are left; the first axis of a leaf that is gone has none.
+      kept: per parameter and axis the indices that are left; the first axis of a leaf
+        that is gone has none.
       cut_off: numbers of outputs that depended on inputs and do not any more.
     """
 

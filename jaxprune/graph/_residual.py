@@ -99,7 +99,7 @@ class _Search:
         return None
 
     def _within(self, branch: int, stream: set[int]) -> tuple[list[Operation], set[int], bool]:
-        """What computes a branch from the stream: operations, parameters, and whether the stream is read."""
+        """What computes a branch: operations, parameters, and whether the stream is read."""
         first = min(stream)
         waiting, seen, leaves, reached = [branch], {branch}, set(), False
         operations: dict[int, Operation] = {}

@@ -44,9 +44,10 @@ def from_scores(
       sparsity: fraction to remove, in [0, 1]: a number, a traced scalar, or a tree of such with the
         structure of `scores` (see `jp.budgets`), which implies one count per leaf.
       scope: `"global"` (one threshold for all leaves) or `"leaf"` (one per leaf).
-      pattern: `None`, `Block`, `Channel`, `NM`, or `jp.structure.Units` for whole channels, neurons and heads
-        across leaves, with `scope="leaf"` for each group of them. With `NM(n, m)` the sparsity may be at most
-        `1 - n / m`: there, every group keeps exactly `n`; below, further entries stay by score.
+      pattern: `None`, `Block`, `Channel`, `NM`, or `jp.structure.Units` for whole channels, neurons
+        and heads across leaves, with `scope="leaf"` for each group of them. With `NM(n, m)` the sparsity
+        may be at most `1 - n / m`: there, every group keeps exactly `n`; below, further entries stay by
+        score.
 
     Returns:
       Tree of bool arrays with the structure of `scores`; True = keep.

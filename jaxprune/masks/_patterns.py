@@ -41,7 +41,7 @@ class TreePattern(Protocol):
         ...
 
     def expand_tree(self, masks: PyTree) -> Masks:
-        """Masks that broadcast to the parameters from masks of units. Inverse direction of `pool_tree`."""
+        """Masks for all entries from masks of units. Inverse direction of `pool_tree`."""
         ...
 
 

@@ -25,10 +25,10 @@ def compact(
     """A copy of a module without the units and layers that are masked.
 
     The copy has the attributes of the original, holding smaller variables, and is called the same way; it
-    is an instance of a subclass, so that `nnx.jit`, `nnx.grad`, `nnx.Optimizer`, `train()` and `eval()` work
-    on it. What the original call does to its variables (batch statistics, random counters) happens to the
-    copy's. Submodules of the copy cannot be called on their own: their sizes, such as `num_heads`, are
-    still those of the original.
+    is an instance of a subclass, so that `nnx.jit`, `nnx.grad`, `nnx.Optimizer`, `train()` and `eval()`
+    work on it. What the original call does to its variables (batch statistics, random counters) happens
+    to the copy's. Submodules of the copy cannot be called on their own: their sizes, such as `num_heads`,
+    are still those of the original.
 
     Args:
       model: a module; only its `__call__` is compacted.

@@ -5,4 +5,13 @@ from jaxprune.reports._plot import plot_accuracy
 from jaxprune.reports._size import nbytes
 from jaxprune.reports._table import Report, Row, human_bytes, report, seconds
 
-__all__ = ["Report", "Row", "human_bytes", "nbytes", "plot_accuracy", "plot_groups", "report", "seconds"]
+__all__ = [
+    "Report",
+    "Row",
+    "human_bytes",
+    "nbytes",
+    "plot_accuracy",
+    "plot_groups",
+    "report",
+    "seconds",
+]

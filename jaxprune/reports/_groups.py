@@ -15,9 +15,9 @@ _MOST_INCHES = 60
 def plot_groups(path: str | Path, graph: Graph, *, masks: Masks | None = None) -> Path:
     """Draws which modules share units: one column per group, one row per module.
 
-    A filled dot: the module makes the units (they are the last axis of a kernel, a bias, a scale); a ring:
-    it consumes them (any other axis). Above each column its number of units, and with `masks` how many
-    are left. Rows without a dot cannot shrink.
+    A filled dot: the module makes the units (they are the last axis of a kernel, a bias, a scale); a
+    ring: it consumes them (any other axis). Above each column its number of units, and with `masks` how
+    many are left. Rows without a dot cannot shrink.
 
     Args:
       path: the file; its suffix chooses the format.
@@ -58,15 +58,24 @@ def plot_groups(path: str | Path, graph: Graph, *, masks: Masks | None = None) -
             side.add(row[_module(member)])
         touched = sorted(made | used)
         main.plot([column] * 2, [touched[0], touched[-1]], color=colour, lw=1.2, zorder=1)
-        main.plot([column] * len(used), sorted(used), "o", mfc="white", color=colour, ms=6, zorder=2)
+        main.plot(
+            [column] * len(used), sorted(used), "o", mfc="white", color=colour, ms=6, zorder=2
+        )
         main.plot([column] * len(made), sorted(made), "o", color=colour, ms=4, zorder=3)
         left = group.size if gone is None else int((~gone[group.units]).sum())
         top.bar(column, group.size, color=colour, alpha=0.25 if gone is not None else 1)
         if gone is not None:
             top.bar(column, left, color=colour)
         label = f"{group.size}" if gone is None else f"{left}/{group.size}"
-        top.annotate(label, (column, group.size), (0, 2), textcoords="offset points",
-                     ha="center", fontsize=7, rotation=90 if len(label) > 3 else 0)
+        top.annotate(
+            label,
+            (column, group.size),
+            (0, 2),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+            rotation=90 if len(label) > 3 else 0,
+        )
     _dress(top, main, rows, columns, has_masks=gone is not None)
     path = Path(path)
     figure.savefig(path)

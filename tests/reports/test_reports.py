@@ -61,3 +61,15 @@ def test_plot(tmp_path):
         plot_accuracy(tmp_path / "p.png", ["a"], [10, 100], [0.9, 0.95])
     with pytest.raises(ValueError, match="nbytes"):
         plot_accuracy(tmp_path / "p.png", ["a"], [0], [0.9])
+
+
+def test_picture_of_groups(tmp_path):
+    params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
+    graph = jp.trace(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], params, jnp.ones((1, 4)))
+    masks = {"a": (jnp.arange(8) < 6)[None], "b": (jnp.arange(8) < 6)[:, None]}
+    plain = jp.reports.plot_groups(tmp_path / "plain.svg", graph).read_text()
+    assert "<!-- 8 -->" in plain and "<!-- a -->" in plain
+    assert (
+        "<!-- 6/8 -->"
+        in jp.reports.plot_groups(tmp_path / "cut.svg", graph, masks=masks).read_text()
+    )

@@ -221,7 +221,7 @@ def post_norm_encoder():
         return jnp.tanh(y[:, 0] @ p["pool"]) @ p["out"]
 
     n = dict(scale=12, bias=12)
-    matrix = {k: (12, 12) for k in "qkvo"} | {k + "b": 12 for k in "qkvo"}
+    matrix = dict.fromkeys("qkvo", (12, 12)) | {k + "b": 12 for k in "qkvo"}
     layer = matrix | dict(up=(12, 20), upb=20, down=(20, 12), norm=n, norm2=n)
     p = shapes(words=(30, 12), positions=(8, 12), types=(2, 12), norm=n, a=layer, b=layer)
     return fn, p | shapes(pool=(12, 12), out=(12, 3)), TOKENS
@@ -276,7 +276,10 @@ def parallel_block_and_interleaved_rotary():
 
         def turn(v):
             a, b = v[..., ::2], v[..., 1::2]
-            pairs = [a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)]
+            pairs = [
+                a * jnp.cos(angle) - b * jnp.sin(angle),
+                b * jnp.cos(angle) + a * jnp.sin(angle),
+            ]
             return jnp.stack(pairs, -1).reshape(v.shape)
 
         q, k, v = (split(z @ p[n]) for n in "qkv")

@@ -1,0 +1,108 @@
+"""Modules in, smaller modules out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxprune as jp
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.dense = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        h = self.drop(nnx.relu(self.norm(self.conv(x)))).mean(1)
+        return self.dense(h + self.attention(h))
+
+
+@pytest.fixture
+def x():
+    return jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 8, 3)), jnp.float32)
+
+
+@pytest.fixture
+def model():
+    model = Net(nnx.Rngs(0))
+    model.eval()
+    return model
+
+
+def masks_of(model, x, where=()):
+    graphdef, state = nnx.split(model)
+    graph = jp.trace(lambda s, x: nnx.merge(graphdef, s)(x), state, x)
+    scores = jp.scores.magnitude(state)
+    return jp.structure.unit_masks(graph, scores, sparsity=0.5, scope="leaf")
+
+
+def test_smaller_module(model, x):
+    masks = masks_of(model, x)
+    small = jp.nnx.compact(model, masks, x, verify=True)
+    assert isinstance(small, Net)
+    assert small.conv.kernel.shape == (3, 3, 3, 4)
+    assert small.attention.query.kernel.shape == (4, 1, 2)
+    assert model.conv.kernel.shape == (3, 3, 3, 8)
+    graphdef, state = nnx.split(model)
+    masked = nnx.merge(graphdef, jp.apply_masks(state, masks))
+    for batch in (x, x[:3]):
+        np.testing.assert_allclose(masked(batch), small(batch), atol=1e-5)
+        np.testing.assert_allclose(
+            nnx.jit(lambda m, v: m(v))(small, batch), small(batch), atol=1e-5
+        )
+    again = nnx.clone(small)
+    np.testing.assert_allclose(again(x), small(x), atol=1e-6)
+
+
+def test_train_mode_statistics_and_keys(model, x):
+    masks = masks_of(model, x)
+    small = jp.nnx.compact(model, masks, x)
+    graphdef, state = nnx.split(model)
+    masked = nnx.merge(graphdef, jp.apply_masks(state, masks))
+    for module in (small, masked):
+        module.train()
+    np.testing.assert_allclose(masked(x), small(x), atol=1e-5)
+    kept = np.flatnonzero(
+        np.asarray(
+            masks["norm"]["scale"][...]
+            if hasattr(masks["norm"]["scale"], "value")
+            else masks["norm"]["scale"]
+        )
+    )
+    np.testing.assert_allclose(masked.norm.mean[...][kept], small.norm.mean[...], atol=1e-6)
+    assert int(small.drop.rngs.count[...]) == int(masked.drop.rngs.count[...]) == 1
+
+
+def test_fine_tuning(model, x):
+    small = jp.nnx.compact(model, masks_of(model, x), x)
+    small.train()
+    optimizer = nnx.Optimizer(small, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean(jnp.square(m(x) - 1)))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(small, optimizer, x)) for _ in range(20)]
+    assert losses[-1] < 0.6 * losses[0]
+    assert float(jnp.abs(small.norm.mean[...]).max()) > 0
+
+
+def test_masks_of_parameters_only(model, x):
+    masks = jax.tree.map(lambda v: jnp.array(True), nnx.state(model, nnx.Param))
+    masks["conv"]["kernel"] = jnp.ones((3, 3, 3, 8), bool).at[0, 0].set(False)
+    small = jp.nnx.compact(model, masks, x)
+    assert small.conv.kernel.shape == (3, 3, 3, 8)
+    assert float(jnp.abs(small.conv.kernel[...][0, 0]).max()) == 0
+
+
+def test_masks_of_another_module(model, x):
+    with pytest.raises(ValueError, match="masks"):
+        jp.nnx.compact(model, {"other": {"kernel": jnp.array(True)}}, x)
