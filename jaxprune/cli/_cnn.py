@@ -16,22 +16,43 @@ BATCH = 125
 
 
 class CNN(nn.Module):
-    """Two convolutions and two dense layers, 421,642 parameters."""
+    """Two convolutions and two dense layers; 421,642 parameters at full width.
+
+    Attributes:
+      features: channels of the convolutions and neurons of the hidden layer.
+    """
+
+    features: tuple[int, int, int] = (32, 64, 128)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits of shape (batch, 10) of images of shape (batch, 28, 28, 1)."""
-        x = nn.relu(nn.Conv(32, (3, 3))(x))
+        first, second, hidden = self.features
+        x = nn.relu(nn.Conv(first, (3, 3))(x))
         x = nn.max_pool(x, (2, 2), (2, 2))
-        x = nn.relu(nn.Conv(64, (3, 3))(x))
+        x = nn.relu(nn.Conv(second, (3, 3))(x))
         x = nn.max_pool(x, (2, 2), (2, 2))
-        x = nn.relu(nn.Dense(128)(x.reshape(x.shape[0], -1)))
+        x = nn.relu(nn.Dense(hidden)(x.reshape(x.shape[0], -1)))
         return nn.Dense(10)(x)
+
+
+def sized_for(params: Params) -> CNN:
+    """The network of the widths that some parameters have."""
+    first, second, hidden = (
+        params[name]["bias"].shape[0] for name in ("Conv_0", "Conv_1", "Dense_0")
+    )
+    return CNN((first, second, hidden))
 
 
 def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
     """A training state for some parameters and an optimizer."""
-    return TrainState.create(apply_fn=CNN().apply, params=params, tx=tx)
+    return TrainState.create(apply_fn=sized_for(params).apply, params=params, tx=tx)
+
+
+def apply(params: Params, images: jax.Array) -> jax.Array:
+    """Logits of images, from parameters of any width."""
+    logits: Any = sized_for(params).apply({"params": params}, images)
+    return logits
 
 
 def new_params(seed: int) -> Params:
@@ -53,7 +74,7 @@ def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> Train
 @jax.jit
 def accuracy(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
     """Fraction of images whose largest logit is the label's."""
-    logits: Any = CNN().apply({"params": params}, images)
+    logits: Any = apply(params, images)
     return jnp.mean(jnp.argmax(logits, -1) == labels)
 
 

@@ -1,6 +1,7 @@
 """Units gathered into groups with names, and the reasons of those that cannot shrink."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,13 +71,28 @@ def groups_of(
     for which in np.argsort(representative):
         mine = seen[kind == which]
         entry = tuple(members[i] for i in member[by_unit[start[mine[0]] : start[mine[0] + 1]]])
-        outer, inner = mine[~column[mine]], mine[column[mine]]
-        for part, suffix in ((outer, " (outer)"), (inner, " (inner)")):
+        for side in (False, True):
+            part = mine[column[mine] == side]
             if len(part):
                 layers = turns.issuperset(part.tolist())
-                name = _name(entry, rank) + (suffix if len(inner) and len(outer) else "")
-                groups.append(Group(name, len(part), entry, part, "layers" if layers else "units"))
-    return tuple(groups)
+                what = "layers" if layers else "units"
+                groups.append(Group(_name(entry, rank), len(part), entry, part, what))
+    return _named_apart(groups, column)
+
+
+def _named_apart(groups: list[Group], column: np.ndarray) -> tuple[Group, ...]:
+    """Groups of one name told apart: heads are the outer part of an axis, their dimensions the inner."""
+    count = Counter(group.name for group in groups)
+    seen: Counter[str] = Counter()
+    found = []
+    for group in groups:
+        name = group.name
+        if count[name] > 1:
+            name += " (inner)" if column[group.units[0]] else " (outer)"
+        seen[name] += 1
+        name += f" #{seen[name]}" if seen[name] > 1 else ""
+        found.append(replace(group, name=name))
+    return tuple(found)
 
 
 def _name(members: tuple[Member, ...], rank: dict[str, int]) -> str:

@@ -70,12 +70,17 @@ class _Search:
             if not {a, b} <= self.data:
                 continue
             for skip, branch in ((a, b), (b, a)):
+                if self._shape(skip) != self._shape(out):
+                    continue
                 block = self._block(skip, branch, out, around)
                 if block is not None:
                     found.append(block)
                     around[out] = skip
                     break
         return found
+
+    def _shape(self, number: int) -> tuple[int, ...]:
+        return self.graph.program.avals[number].shape
 
     def _block(self, skip: int, branch: int, out: int, around: dict[int, int]) -> Block | None:
         stream = {skip}
@@ -93,6 +98,14 @@ class _Search:
         if not reached:
             return None
         members = {id(operation) for operation in operations}
+        # the sum of another block, or what came of it, goes on elsewhere: no way around that block
+        passed: set[int] = set()
+        for operation in operations:
+            if passed.intersection(operation.ins) or around.keys() & set(operation.outs):
+                passed.update(operation.outs)
+        for number in passed - {branch}:
+            if not members.issuperset(self.users.get(number, ())):
+                return None
         own = sorted(leaf for leaf in leaves if self._users_of(leaf) <= members)
         if own and self._vanishes(operations, branch, own):
             return Block(skip, out, tuple(self.positions[leaf] for leaf in own))

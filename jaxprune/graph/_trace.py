@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax
 import numpy as np
 from rich.table import Table
 
@@ -27,6 +28,8 @@ class Graph:
     """A traced function; made by `jp.trace`.
 
     Attributes:
+      fn: the function.
+      updates: what part of its output is an updated copy of parameters, see `trace`.
       paths: path of each leaf of the parameters, in flatten order.
       shapes: shape of each leaf.
       treedef: structure of the parameters.
@@ -38,6 +41,8 @@ class Graph:
       turns: units that are turns of scans over stacked layers.
     """
 
+    fn: Callable[..., Any]
+    updates: Callable[[Any], Any] | None
     paths: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     treedef: Any
@@ -57,6 +62,14 @@ class Graph:
     def frozen(self) -> tuple[tuple[tuple[str, int], str], ...]:
         """`((path, axis), reason)` for what cannot, or not all of it."""
         return frozen_of(self.paths, self.own, self.units)
+
+    def for_inputs(self, params: Params, *args: Any, **kwargs: Any) -> "Graph":
+        """The graph of the same function for inputs of these shapes."""
+        inputs = jax.tree.leaves((args, kwargs))
+        traced = [self.program.avals[i] for i in self.program.inputs[len(self.paths) :]]
+        if [np.shape(x) for x in inputs] == [tuple(aval.shape) for aval in traced]:
+            return self
+        return trace(self.fn, params, *args, updates=self.updates, **kwargs)
 
     def cost(self, masks: Masks | None = None) -> Cost:
         """What a call costs: FLOPs, multiply-adds and bytes, per operation and in total.
@@ -154,6 +167,8 @@ def trace(
     shapes = tuple(tuple(np.shape(leaf)) for leaf in leaves)
     turns = np.unique(units.label[np.concatenate([*facts.turns, np.zeros(0, np.int64)])])
     return Graph(
+        fn,
+        updates,
         tuple(paths),
         shapes,
         treedef,

@@ -3,7 +3,7 @@
 from jaxprune.reports._groups import plot_groups
 from jaxprune.reports._plot import plot_accuracy
 from jaxprune.reports._size import nbytes
-from jaxprune.reports._table import Report, Row, human_bytes, report, seconds
+from jaxprune.reports._table import Report, Row, human_bytes, human_seconds, report, seconds
 
 __all__ = [
     "Report",

@@ -30,10 +30,11 @@ class Row:
       path: '/'-joined path.
       shape: dense shape.
       dtype: dense dtype, by name.
-      sparsity: fraction of zeros, in [0, 1].
+      sparsity: fraction of entries that are zero or removed, in [0, 1].
       bits: bits held per entry of the dense shape, scales and the like included.
       bytes_dense: bytes before.
       bytes_now: bytes now.
+      shape_now: shape now, smaller where units were removed.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Row:
     bits: float
     bytes_dense: int
     bytes_now: int
+    shape_now: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Report:
         for row in self.rows:
             table.add_row(
                 row.path or "(the array)",
-                "×".join(map(str, row.shape)) or "scalar",
+                _sizes(row),
                 _SHORT.sub(lambda m: _LETTERS[m[0]], row.dtype),
                 f"{row.sparsity:.1%}",
                 f"{row.bits:.2f}",
@@ -128,21 +130,28 @@ class Report:
         return capture.get()
 
 
-def report(fn: Callable[..., Any] | None, params: Params, compressed: PyTree, *args: Any) -> Report:
+def report(
+    fn: Callable[..., Any] | None,
+    params: Params,
+    compressed: PyTree,
+    *args: Any,
+    compressed_fn: Callable[..., Any] | None = None,
+) -> Report:
     """Compares parameters with their compressed form.
 
     Args:
       fn: `fn(params, *args)`, jittable, or `None`. With inputs it is timed on both trees, jitted;
         compressed leaves are materialized inside the call.
       params: the dense tree.
-      compressed: a tree with the same paths: masked, quantized, or both.
+      compressed: a tree with the same paths: masked, quantized, or both; or smaller, from `jp.compact`.
       *args: inputs of `fn`. Without any, nothing is timed.
+      compressed_fn: what takes `compressed` instead of `fn`, such as the small function of `jp.compact`.
 
     Returns:
       A `Report`; print it, or read its rows.
 
     Raises:
-      ValueError: trees of different structure or leaves of different shape.
+      ValueError: trees of different structure or leaves of larger shape.
 
     Example:
       >>> params = {"w": jnp.ones((64, 64)), "b": jnp.zeros(64)}
@@ -157,20 +166,22 @@ def report(fn: Callable[..., Any] | None, params: Params, compressed: PyTree, *a
     if fn is None or not args:
         return Report(rows)
     before = seconds(fn, params, *args)
-    return Report(rows, before, seconds(_materializing(fn), compressed, *args))
+    return Report(rows, before, seconds(_materializing(compressed_fn or fn), compressed, *args))
 
 
 def _row(path: str, before: Any, now: Any) -> Row:
     shape = tuple(np.shape(before))
-    if tuple(now.shape if is_compressed(now) else np.shape(now)) != shape:
+    left = tuple(now.shape if is_compressed(now) else np.shape(now))
+    if len(left) != len(shape) or any(a > b for a, b in zip(left, shape, strict=True)):
         raise ValueError(
-            f"compressed: leaf {path!r} has shape {np.shape(now)}, expected {shape}; "
-            "compare trees of the same shapes"
+            f"compressed: leaf {path!r} has shape {left}, expected {shape} or a smaller one; compare a "
+            "tree with its own compressed form"
         )
     size = int(np.prod(shape))
     bytes_now = leaf_nbytes(now)
     values = _trees.dense(now)
-    zeros = int(jnp.sum(values == 0)) if size and hasattr(values, "dtype") else 0
+    removed = size - int(np.prod(left))
+    zeros = removed + (int(jnp.sum(values == 0)) if size and hasattr(values, "dtype") else 0)
     return Row(
         path=path,
         shape=shape,
@@ -179,6 +190,7 @@ def _row(path: str, before: Any, now: Any) -> Row:
         bits=8 * bytes_now / size if size else 0.0,
         bytes_dense=leaf_nbytes(before),
         bytes_now=bytes_now,
+        shape_now=left,
     )
 
 
@@ -226,3 +238,9 @@ def _ratio(before: int, now: int) -> str:
 
 def _size(row: Row) -> int:
     return int(np.prod(row.shape))
+
+
+def _sizes(row: Row) -> str:
+    """`3×3×32`, and after an arrow the axes that shrank."""
+    pairs = zip(row.shape, row.shape_now, strict=True)
+    return "×".join(str(a) if a == b else f"{a}→{b}" for a, b in pairs) or "scalar"

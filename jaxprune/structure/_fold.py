@@ -105,7 +105,7 @@ class _Fold:
         contracted, free = _axes_of(self.graph, operation, side)
         contribution = self._contribution(operation, operands, side, contracted)
         if contribution is not None:
-            self._fold(operation, contribution, free)
+            self._fold(operation, contribution, outs[0], free)
         if self.how == "constants":
             out = outs[0]
             for axis in free:
@@ -135,10 +135,21 @@ class _Fold:
         changed[side] = jnp.where(gone, x, jnp.zeros((), x.dtype))
         return _bound(operation, *changed)
 
-    def _fold(self, operation: Operation, contribution: Any, free: tuple[int, ...]) -> None:
-        """Adds the mean of a contribution to the next bias, through operations that pass it on."""
+    def _fold(
+        self, operation: Operation, contribution: Any, result: Any, free: tuple[int, ...]
+    ) -> None:
+        """Adds the mean of a contribution to the next bias, through operations that pass it on.
+
+        Places where the sum itself is large count less, by its squared norm: a few outliers, such as the
+        separator token of a transformer, would otherwise move all other places.
+        """
         others = tuple(i for i in range(contribution.ndim) if i not in free)
-        mean = jnp.mean(contribution.astype(jnp.float32), others, keepdims=True)
+        sizes = jnp.sum(jnp.square(result.astype(jnp.float32)), free, keepdims=True)
+        weights = 1 / (sizes + jnp.mean(sizes) * 1e-3 + 1e-30)
+        weighted = jnp.sum(contribution.astype(jnp.float32) * weights, others, keepdims=True)
+        mean = weighted / jnp.sum(
+            jnp.broadcast_to(weights, contribution.shape), others, keepdims=True
+        )
         value = jnp.broadcast_to(mean, contribution.shape)
         number = operation.outs[0]
         while True:

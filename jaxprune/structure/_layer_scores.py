@@ -29,9 +29,9 @@ def layer_scores(
     """How much each layer matters; the least may go.
 
     Args:
-      graph: from `jp.trace`, of inputs shaped like these.
+      graph: from `jp.trace`.
       params: the parameters.
-      *args: inputs.
+      *args: inputs, of any batch size.
       by: `"influence"`: 1 - cosine similarity of the residual stream before and after (block influence,
         Men et al. 2024, ShortGPT). `"angular"`: the angle between them over pi (Gromov et al. 2024).
         `"loss"`: by how much the loss rises without the layer. `"magnitude"`: the mean of `scores` over
@@ -61,6 +61,7 @@ def layer_scores(
     """
     _checks.choice("by", by, _MEASURES)
     _checks.positive_int("span", span)
+    graph = graph.for_inputs(params, *args, **kwargs) if args or kwargs else graph
     found = some_layers(graph, pattern)
     leaves = graph.treedef.flatten_up_to(params)
     if by == "magnitude":

@@ -1,5 +1,7 @@
 """Depth: which layers of a residual network may go."""
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,16 +76,10 @@ def layers(graph: Graph, *, pattern: str | None = None) -> tuple[Layer, ...]:
 
 def _common(paths: Sequence[str]) -> str:
     """The module that all paths lie in, or the modules, or the leaves where there are no modules."""
-    parts = [path.split("/") for path in paths]
-    shared = []
-    for level in zip(*(p[:-1] for p in parts), strict=False):
-        if len(set(level)) > 1:
-            break
-        shared.append(level[0])
-    if len(shared) > 1:
-        return "/".join(shared)
-    modules = dict.fromkeys("/".join(p[:-1] or p) for p in parts)
-    return ", ".join(modules)
+    modules = list(dict.fromkeys(re.split(r"[/.](?=[^/.]*$)", path)[0] for path in paths))
+    shared = os.path.commonprefix([f"{module}/" for module in modules])
+    shared = shared[: max(shared.rfind("/"), shared.rfind("."), 0)]
+    return shared if "/" in shared or "." in shared else ", ".join(modules)
 
 
 def _unused(name: str, taken: Mapping[str, Any]) -> str:

@@ -48,8 +48,9 @@ def test_latency_and_text(params):
 def test_other_trees_are_refused(params):
     with pytest.raises(ValueError, match="missing 'embed'"):
         jp.report(None, params, {k: v for k, v in params.items() if k != "embed"})
-    with pytest.raises(ValueError, match="'embed'"):
-        jp.report(None, params, {**params, "embed": jnp.ones((2, 2))})
+    for shape in ((200, 200), (2,)):
+        with pytest.raises(ValueError, match="'embed'"):
+            jp.report(None, params, {**params, "embed": jnp.ones(shape)})
 
 
 def test_plot(tmp_path):
@@ -61,6 +62,17 @@ def test_plot(tmp_path):
         plot_accuracy(tmp_path / "p.png", ["a"], [10, 100], [0.9, 0.95])
     with pytest.raises(ValueError, match="nbytes"):
         plot_accuracy(tmp_path / "p.png", ["a"], [0], [0.9])
+
+
+def test_report_of_a_compacted_model():
+    params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
+    fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    masks = {"a": (jnp.arange(8) < 6)[None], "b": (jnp.arange(8) < 6)[:, None]}
+    small_fn, small = jp.compact(fn, params, masks, jnp.ones((1, 4)))
+    found = jp.report(fn, params, small, jnp.ones((1, 4)), compressed_fn=small_fn)
+    assert found.sparsity == 0.25 and found.bytes_now == 0.75 * found.bytes_dense
+    assert found.seconds_now > 0
+    assert "4×8→6" in str(found)
 
 
 def test_picture_of_groups(tmp_path):

@@ -211,10 +211,11 @@ def post_norm_encoder():
     def fn(p, t):
         y = p["words"][t] + p["positions"][: t.shape[1]] + p["types"][jnp.zeros_like(t)]
         y = norm(y, **p["norm"])
+        keep = jnp.where((t > 2)[:, None, None], 0.0, -1e9)
+        keep = jnp.broadcast_to(keep, (t.shape[0], 2, t.shape[1], t.shape[1]))
         for w in (p["a"], p["b"]):
             split = lambda z: z.reshape(*z.shape[:2], 2, 6)
             q, k, v = (split(y @ w[n] + w[n + "b"]) for n in "qkv")
-            keep = jnp.where((t > 2)[:, None, None], 0.0, -1e9)
             z = attend(q, k, v, keep).reshape(*y.shape) @ w["o"] + w["ob"]
             y = norm(y + z, **w["norm"])
             y = norm(y + jax.nn.gelu(y @ w["up"] + w["upb"]) @ w["down"], **w["norm2"])

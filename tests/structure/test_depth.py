@@ -204,7 +204,8 @@ class TestLayerMasks:
         sizes = {
             name: sum(v.size for v in jax.tree.leaves(small["params"][name])) for name in scores
         }
-        assert sorted(bool(v) for v in sizes.values()) == [False, True, True] and sizes["layer_0"]
+        assert sorted(bool(v) for v in sizes.values()) == [False, True, True]
+        assert sizes["layer_0"]
 
     def test_contiguous(self, traced):
         _, params, x, graph = traced
