@@ -35,8 +35,8 @@ class ResNet(nn.Module):
       inner: per block the channels between its two convolutions.
     """
 
-    stages: tuple[int, ...] = (32, 64, 128)
-    inner: tuple[int, ...] = (32, 32, 64, 64, 128, 128)
+    stages: tuple[int, ...] = (16, 32, 64)
+    inner: tuple[int, ...] = (16, 16, 32, 32, 64, 64)
 
     @nn.compact
     def __call__(self, x, train=False):

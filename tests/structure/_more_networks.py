@@ -51,9 +51,13 @@ def inverted_residual():
             y = y + conv(z, w["project"])
         return y.mean((1, 2)) @ p["out"]
 
-    block = dict(
-        expand=(1, 1, 6, 16), bias=16, depth=(3, 3, 1, 16), scale=16, project=(1, 1, 16, 6)
-    )
+    block = {
+        "expand": (1, 1, 6, 16),
+        "bias": 16,
+        "depth": (3, 3, 1, 16),
+        "scale": 16,
+        "project": (1, 1, 16, 6),
+    }
     return fn, shapes(stem=(3, 3, 3, 6), a=block, b=block, out=(6, 3)), IMAGE
 
 
@@ -71,7 +75,7 @@ def shufflenet_unit():
             y = y.reshape(n, h, w, 2, c // 2).swapaxes(-1, -2).reshape(n, h, w, c)
         return y.mean((1, 2)) @ p["out"]
 
-    block = dict(one=(1, 1, 4, 4), depth=(3, 3, 1, 4), two=(1, 1, 4, 4))
+    block = {"one": (1, 1, 4, 4), "depth": (3, 3, 1, 4), "two": (1, 1, 4, 4)}
     return fn, shapes(stem=(3, 3, 3, 8), a=block, b=block, out=(8, 3)), IMAGE
 
 
@@ -221,9 +225,9 @@ def post_norm_encoder():
             y = norm(y + jax.nn.gelu(y @ w["up"] + w["upb"]) @ w["down"], **w["norm2"])
         return jnp.tanh(y[:, 0] @ p["pool"]) @ p["out"]
 
-    n = dict(scale=12, bias=12)
+    n = {"scale": 12, "bias": 12}
     matrix = dict.fromkeys("qkvo", (12, 12)) | {k + "b": 12 for k in "qkvo"}
-    layer = matrix | dict(up=(12, 20), upb=20, down=(20, 12), norm=n, norm2=n)
+    layer = matrix | {"up": (12, 20), "upb": 20, "down": (20, 12), "norm": n, "norm2": n}
     p = shapes(words=(30, 12), positions=(8, 12), types=(2, 12), norm=n, a=layer, b=layer)
     return fn, p | shapes(pool=(12, 12), out=(12, 3)), TOKENS
 
@@ -451,7 +455,7 @@ def coupling_flow():
             y = jnp.concatenate([right * jnp.exp(scale) + shift, left], -1)
         return y, scale.sum(-1)
 
-    block = dict(one=(4, 10), two=(10, 8))
+    block = {"one": (4, 10), "two": (10, 8)}
     return fn, shapes(a=block, b=block), normal(2, 8)
 
 
