@@ -2,7 +2,7 @@
 
 Stages, in the order of use: `scores` and `budgets` say what matters, `masks` selects, `optim` trains
 under masks, `trace`, `structure` and `compact` remove channels for good, `quantize` stores weights in
-few bits, `export` saves, `report` shows what was gained.
+few bits and `compressed` runs on them, `export` saves, `report` shows what was gained.
 """
 
 from jaxprune import budgets, export, masks, nnx, optim, quantize, schedules, scores, structure
@@ -23,6 +23,7 @@ from jaxprune.quantize import (
     quantize_tree,
 )
 from jaxprune.reports import nbytes, report
+from jaxprune.runtime import compressed
 from jaxprune.structure import compact
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "apply_masks",
     "budgets",
     "compact",
+    "compressed",
     "dequantize_tree",
     "export",
     "fake_quantize",

@@ -18,6 +18,7 @@ LAYERS = {
     "graph": 1,
     "structure": 2,
     "optim": 2,
+    "runtime": 2,
     "nnx": 3,
     "export": 3,
     "reports": 3,

@@ -62,8 +62,7 @@ def observe(program: Program, inputs: list[Any], hook: Hook) -> list[Any]:
     values = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
     for operation in program.operations:
         operands = [values[i] for i in operation.ins]
-        relu = operation.is_relu
-        outs = [jax.nn.relu(operands[0])] if relu else _bind(operation, operands)
+        outs = run_operation(operation, operands)
         values.update(zip(operation.outs, hook(operation, operands, outs), strict=True))
     return [values[i] for i in program.outputs]
 
@@ -122,7 +121,7 @@ def _at_full_size(
     full = [
         _spread(x, kept[i], program.avals[i]) for x, i in zip(operands, operation.ins, strict=True)
     ]
-    outs = _bind(operation, full)
+    outs = run_operation(operation, full)
     return [_cut(x, kept[i]) for x, i in zip(outs, operation.outs, strict=True)]
 
 
@@ -144,8 +143,6 @@ def _apply(
 ) -> list[Any]:
     avals = [program.avals[i] for i in operation.outs]
     after = [kept[i] for i in operation.outs]
-    if operation.is_relu:
-        return [jax.nn.relu(operands[0])]
     if avals and all(0 in _sizes(k) for k in after) and not operation.effects:
         return [jnp.zeros(_sizes(k), a.dtype) for k, a in zip(after, avals, strict=True)]
     before = [kept[i] for i in operation.ins]
@@ -157,14 +154,17 @@ def _apply(
     if rule is not None and (less_in or less_out):
         result = rule(operation.params, before, after, operands, operation.primitive)
         return result if isinstance(result, list) else [result]
-    outs = _bind(operation, operands)
+    outs = run_operation(operation, operands)
     # what is made from nothing, such as random bits, is made whole and cut
     return (
         [_cut(x, k) for x, k in zip(outs, after, strict=True)] if less_out and not less_in else outs
     )
 
 
-def _bind(operation: Operation, operands: list[Any]) -> list[Any]:
+def run_operation(operation: Operation, operands: list[Any]) -> list[Any]:
+    """An operation as it was traced."""
+    if operation.is_relu:
+        return [jax.nn.relu(operands[0])]
     # some JAX versions return functions apart
     bound = operation.primitive.get_bind_params(operation.params)
     functions, params = bound if isinstance(bound, tuple) else ((), bound)

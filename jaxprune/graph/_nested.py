@@ -264,7 +264,7 @@ def _run_scan(params: dict[str, Any], turns: list[Turn], operands: list[Any]) ->
         step,
         list(start),
         list(slices),
-        length=len(slices[0]) if slices else params["length"],
+        length=jax.tree.leaves(slices)[0].shape[0] if slices else params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
@@ -332,3 +332,35 @@ def carries_of(operation: Operation, operands: list[Any]) -> jax.Array:
     if operation.params["reverse"]:
         return jax.numpy.concatenate([last[main][None], before])
     return jax.numpy.concatenate([before, last[main][None]])
+
+
+class NestedRun(NamedTuple):
+    """A loop or branch that may run with other inner programs.
+
+    Attributes:
+      jaxprs: its inner programs.
+      reads: whether every turn only reads an operand, given its position.
+      slices: whether every turn gets a slice of it.
+      run: `(params, inner programs as functions, operands) -> results`.
+    """
+
+    jaxprs: list[Any]
+    reads: Callable[[int], bool]
+    slices: Callable[[int], bool]
+    run: Callable[[dict[str, Any], list[Turn], list[Any]], list[Any]]
+
+
+def nested_run(operation: Operation) -> NestedRun | None:
+    """How to run an operation with other inner programs; `None` for one that has none."""
+    name, params = operation.primitive.name, operation.params
+    if name == "scan":
+        n_consts, n_carry = split_scan(params)
+        first = n_consts + n_carry
+        return NestedRun([params["jaxpr"]], lambda i: i < n_consts, lambda i: i >= first, _run_scan)
+    if name == "while":
+        read = params["cond_nconsts"] + params["body_nconsts"]
+        jaxprs = [params["cond_jaxpr"], params["body_jaxpr"]]
+        return NestedRun(jaxprs, lambda i: i < read, lambda i: False, _run_while)
+    if name == "cond":
+        return NestedRun(list(params["branches"]), lambda i: i > 0, lambda i: False, _run_cond)
+    return None

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int8
 
 from jaxprune import _checks
-from jaxprune.quantize._bits import pack, unpack
+from jaxprune.quantize._bits import fields, pack, unpack
 from jaxprune.quantize._scale import from_levels, is_finite, reciprocal, scale_of, to_levels
 from jaxprune.quantize._spec import Spec, check_fits
 
@@ -84,6 +84,14 @@ class QuantizedArray:
         signed = self.spec.format != "nf4"
         out = unpack(self.values, self.spec.width, abs(self.length), signed=signed)
         return out if self.length >= 0 else out[..., 0]
+
+    def level_parts(self) -> list[Array]:
+        """The codes, unpacked but not put in order: entry `i` of part `j` is entry `i * len(parts) + j`
+        along the last axis, whose end may be padding. Cheaper than `levels` where order does not matter.
+        """
+        if self.spec.width == 8:
+            return [self.values]
+        return fields(self.values, self.spec.width)
 
     def materialize(self) -> Float[Array, "..."]:
         """The dense array, of `shape` and `dtype`."""

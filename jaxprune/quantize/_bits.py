@@ -38,3 +38,12 @@ def unpack(
         fields = ((packed[..., None] >> shifts) & ((1 << width) - 1)).astype(jnp.int8)
     flat = fields.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)  # (..., bytes, fields)
     return flat[..., :length]
+
+
+def fields(packed: UInt8[Array, "*lead bytes"], width: int) -> list[Int8[Array, "*lead bytes"]]:
+    """The signed integers of each place in the bytes: `unpack` before they are put side by side.
+
+    `jnp.stack(fields(x, w), -1)`, flattened along the last two axes and cut, is `unpack(x, w, n)`.
+    """
+    lifted = [packed << (8 - width - i * width) for i in range(8 // width)]
+    return [jax.lax.bitcast_convert_type(x, jnp.int8) >> (8 - width) for x in lifted]

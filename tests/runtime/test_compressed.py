@@ -1,0 +1,181 @@
+"""A function on compressed leaves gives what it gives on their dense forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import jaxprune as jp
+import tests.structure._more_networks  # noqa: F401
+from tests.structure._zoo import TOKENS, ZOO, build, normal, randomized
+
+KINDS = {
+    "int8": {"bits": 8},
+    "int4": {"bits": 4},
+    "int2": {"bits": 2},
+    "asymmetric": {"bits": 8, "symmetric": False},
+    "int4_asymmetric": {"bits": 4, "symmetric": False},
+    "nf4": {"dtype": "nf4"},
+    "float8": {"dtype": "float8_e4m3fn"},
+    "tensor": {"rules": [(".*", jp.quantize.Spec(bits=8, granularity="tensor"))]},
+}
+FEW = ["mlp", "rms_norm_and_tied_embedding", "scanned_layers", "post_norm_encoder", "flatten_cnn"]
+
+
+def error(expected, found):
+    """The largest difference, relative to the largest value."""
+    worst = 0.0
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        worst = max(worst, float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-6)))
+    return worst
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in ZOO]
+)
+@pytest.mark.parametrize("kind", ["int8", "int4_asymmetric", "nf4"])
+def test_zoo(name, kind):
+    fn, params, x = build(name)
+    tree = jp.quantize_tree(params, **KINDS[kind])
+    run = jp.compressed(fn)
+    tolerance = 0.02 if name == "bfloat16_mlp" else 2e-3
+    assert error(jax.jit(fn)(jp.dequantize_tree(tree), x), jax.jit(run)(tree, x)) < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["k,n", "n,k", "left"])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_products(kind, layout, rows):
+    shape = (33, 18) if layout != "n,k" else (18, 33)
+    params = {"w": normal(*shape)}
+    x = normal(rows, 33, seed=1) * jnp.linspace(0.1, 10, rows)[:, None]
+    fn = {
+        "k,n": lambda p, x: x @ p["w"],
+        "n,k": lambda p, x: x @ p["w"].T,
+        "left": lambda p, x: p["w"].T @ x.T,
+    }[layout]
+    tree = jp.quantize_tree(params, **KINDS[kind])
+    run = jp.compressed(fn)
+    expected = fn(jp.dequantize_tree(tree), x)
+    assert error(expected, run(tree, x)) < 2e-4
+    for row, wanted in zip(x, expected.T if layout == "left" else expected, strict=True):
+        found = run(tree, row[None]).reshape(-1)  # every row keeps its own precision
+        assert error(wanted, found) < 2e-4
+    (choice,) = {c.lowering for c in run.choices}
+    dense = kind in ("nf4", "float8") or (layout == "n,k" and "asymmetric" in kind)
+    assert choice == ("dense" if dense else "two_planes")
+
+
+def test_zero_huge_and_tiny_activations():
+    tree = jp.quantize_tree({"w": normal(16, 8)}, bits=8)
+    fn = lambda p, x: x @ p["w"]
+    run = jp.compressed(fn)
+    assert not run(tree, jnp.zeros((3, 16))).any()
+    for scale in (1e-20, 1e20):
+        x = scale * normal(3, 16)
+        assert error(fn(jp.dequantize_tree(tree), x) / scale, run(tree, x) / scale) < 2e-4
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "asymmetric"])
+def test_8_bit_activations(kind):
+    params = {"w": normal(256, 64)}
+    tree, x = jp.quantize_tree(params, **KINDS[kind]), normal(32, 256, seed=1)
+    fn = lambda p, x: x @ p["w"]
+    run = jp.compressed(fn, activations="int8")
+    expected = fn(jp.dequantize_tree(tree), x)
+    found = run(tree, x)
+    assert [choice.lowering for choice in run.choices] == ["integer"]
+    assert 1e-4 < error(expected, found) < 0.02
+    scale = np.abs(x).max(1, keepdims=True) / 127
+    rounded = np.round(np.asarray(x) / scale) * scale
+    np.testing.assert_allclose(fn(jp.dequantize_tree(tree), rounded), found, rtol=1e-3, atol=1e-3)
+
+
+def test_embeddings_are_looked_up_compressed():
+    params = {"e": normal(30, 16), "w": normal(16, 4)}
+    fn = lambda p, t: p["e"][t].mean(1) @ p["w"]
+    for kind in ("int8", "int4", "asymmetric", "nf4"):
+        tree = jp.quantize_tree(params, **KINDS[kind])
+        run = jp.compressed(fn)
+        assert error(fn(jp.dequantize_tree(tree), TOKENS), run(tree, TOKENS)) < 2e-4
+        assert run.choices[0].lowering == "rows"
+    tree = jp.quantize_tree(params, bits=4, group_size=10, where="e")
+    assert error(fn(jp.dequantize_tree(tree), TOKENS), jp.compressed(fn)(tree, TOKENS)) < 2e-4
+    outside = jnp.array([[1, 40, -1]])
+    wanted, found = (
+        f(t, outside) for f, t in ((fn, jp.dequantize_tree(tree)), (jp.compressed(fn), tree))
+    )
+    np.testing.assert_array_equal(np.isnan(wanted), np.isnan(found))
+
+
+def test_stacked_layers_stay_compressed_in_scan():
+    def fn(p, x):
+        return jax.lax.scan(lambda y, w: (y + jnp.tanh(y @ w["w"]), None), x, p)[0]
+
+    tree = jp.quantize_tree({"w": 0.3 * normal(4, 16, 16)}, bits=4)
+    x = normal(3, 16, seed=1)
+    run = jp.compressed(fn)
+    assert error(fn(jp.dequantize_tree(tree), x), jax.jit(run)(tree, x)) < 1e-3
+    assert [choice.lowering for choice in run.choices] == ["two_planes"]
+
+
+def test_jit_vmap_grad_and_remat():
+    fn = lambda p, x: jnp.tanh(jax.checkpoint(lambda v: v @ p["w"])(x)) @ p["v"]
+    tree = jp.quantize_tree({"w": normal(16, 16), "v": normal(16, 4)}, bits=8)
+    dense, run = jp.dequantize_tree(tree), jp.compressed(fn)
+    x = normal(5, 3, 16, seed=1)
+    assert error(fn(dense, x), jax.jit(run)(tree, x)) < 1e-3
+    assert error(fn(dense, x), jax.vmap(run, (None, 0))(tree, x)) < 1e-3
+    loss = lambda f, p: lambda v: jnp.sum(jnp.sin(f(p, v)))
+    for activations, tolerance in ((None, 1e-3), ("int8", 0.1)):
+        coarse = jp.compressed(fn, activations=activations)
+        found = jax.jit(jax.grad(loss(coarse, tree)))(x)
+        assert error(jax.grad(loss(fn, dense))(x), found) < tolerance
+    spec = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.device_put(normal(16, 16), jax.sharding.NamedSharding(mesh, spec("d")))
+    assert error(fn(dense, spread), jax.jit(run)(tree, spread)) < 1e-3
+
+
+def test_linen_module_and_masks():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4)(nn.relu(nn.Dense(32)(x)))
+
+    x = normal(6, 16)
+    params = randomized(Net().init(jax.random.key(0), x))
+    pruned, _ = jp.prune_tree(params, 0.5)
+    tree = jp.quantize_tree(pruned, bits=8)
+    run = jp.compressed(Net().apply)
+    assert error(Net().apply(jp.dequantize_tree(tree), x), run(tree, x)) < 1e-3
+    assert "two_planes" in list(run.table.columns[3].cells)
+
+
+def test_dense_leaves_run_as_they_are():
+    fn, params, x = build("mlp")
+    run = jp.compressed(fn)
+    np.testing.assert_array_equal(jax.jit(fn)(params, x), jax.jit(run)(params, x))
+    assert run.choices == ()
+
+
+def test_explain_and_warning(capsys):
+    tree = jp.quantize_tree({"w": normal(8, 4)}, bits=8)
+    fn = lambda p, x: x * jnp.sum(jnp.abs(p["w"]))
+    jp.compressed(fn, explain=True)(tree, jnp.ones(2))
+    shown = capsys.readouterr().out
+    assert "abs" in shown
+    assert "dense" in shown
+    large = jp.quantize_tree({"w": jnp.ones((4200, 4200))}, bits=8)
+    with pytest.warns(
+        UserWarning, match="71 MB are made dense.*'w' for abs at .*test_compressed.py"
+    ):
+        jax.eval_shape(jp.compressed(fn), large, jnp.ones(2))
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="activations"):
+        jp.compressed(lambda p: p, activations="int3")
