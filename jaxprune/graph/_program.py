@@ -7,11 +7,12 @@ loops and branches, whose programs are walked by their rules.
 
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 _OPENED = {
@@ -24,6 +25,9 @@ _OPENED = {
     "checkpoint": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
 }
+
+
+_NOT_THE_USERS = ("/jax/", "/flax/", "/jaxprune/graph/")
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,53 @@ class Program:
     out_tree: Any = None
 
 
-def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
+class Inputs(NamedTuple):
+    """The arguments after the parameters: arrays, which are traced, and all else, which is not.
+
+    Attributes:
+      arrays: arrays, their shapes, and floats, in flatten order.
+      key: tells apart arguments for which a function must be traced anew.
+      rebuild: `arrays -> (args, kwargs)`.
+    """
+
+    arrays: list[Any]
+    key: Hashable
+    rebuild: Callable[[list[Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """Takes arguments apart. Bools, ints, strings and objects keep their value, as in `train=False`."""
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    traced = [i for i, x in enumerate(leaves) if isinstance(x, float) or hasattr(x, "dtype")]
+    static = [None if i in set(traced) else x for i, x in enumerate(leaves)]
+    arrays = [leaves[i] for i in traced]
+
+    def rebuild(arrays: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        full = list(static)
+        for i, x in zip(traced, arrays, strict=True):
+            full[i] = x
+        return jax.tree.unflatten(treedef, full)
+
+    shapes = tuple((np.shape(x), _dtype_of(x)) for x in arrays)
+    names = tuple(x if isinstance(x, Hashable) else id(x) for x in static)
+    return Inputs(arrays, (treedef, shapes, names, tuple(traced)), rebuild)
+
+
+def _dtype_of(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else float
+
+
+def trace_program(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Program:
     """Traces `fn` once, abstractly, and flattens it. Arguments may be `jax.ShapeDtypeStruct`.
+
+    The inputs of the program are the leaves of `params` and the arrays of `inputs_of(args, kwargs)`.
 
     Raises:
       TypeError: inputs that `fn` needs are missing.
       ValueError: `fn` needs the value of an array while it is traced.
     """
     try:
-        inspect.signature(fn).bind(*args, **kwargs)
+        inspect.signature(fn).bind(params, *args, **kwargs)
     except TypeError as error:
         raise TypeError(
             f"fn: {error}; give the example inputs after params, as fn is called: "
@@ -86,8 +128,14 @@ def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
         ) from error
     except ValueError:  # some callables have no signature
         pass
+    inputs = inputs_of(args, kwargs)
+
+    def of_arrays(params: Any, arrays: list[Any]) -> Any:
+        args, kwargs = inputs.rebuild(arrays)
+        return fn(params, *args, **kwargs)
+
     try:
-        closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
+        closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(params, inputs.arrays)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         raise ValueError(
             f"fn: cannot be traced: {_line_of(error)} needs the value of an array "
@@ -179,7 +227,7 @@ def _line_of(error: BaseException) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not any(part in frame.filename for part in ("/jax/", "/flax/", "/jaxprune/graph/"))
+        if not any(part in frame.filename for part in _NOT_THE_USERS)
     ]
     return (
         f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})"
@@ -193,6 +241,6 @@ def _source(eqn: Any) -> str:
     if stack is None:
         return ""
     for frame in stack.frames:
-        if "/jax/" not in frame.file_name and "/flax/" not in frame.file_name:
+        if not any(part in frame.file_name for part in _NOT_THE_USERS):
             return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
     return ""

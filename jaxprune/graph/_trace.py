@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jax
 import numpy as np
 from rich.table import Table
 
@@ -17,7 +16,7 @@ from jaxprune.graph._cost import Cost, cost_of
 from jaxprune.graph._couple import RULES
 from jaxprune.graph._groups import Group, frozen_of, groups_of
 from jaxprune.graph._nested import RULES as NESTED
-from jaxprune.graph._program import Program, trace_program
+from jaxprune.graph._program import Program, inputs_of, trace_program
 from jaxprune.graph._removal import Removal, dead_slices, removal_of
 from jaxprune.graph._units import Facts, Units
 from jaxprune.graph._vanish import Work, gone_leaves, needed_work
@@ -65,7 +64,7 @@ class Graph:
 
     def for_inputs(self, params: Params, *args: Any, **kwargs: Any) -> "Graph":
         """The graph of the same function for inputs of these shapes."""
-        inputs = jax.tree.leaves((args, kwargs))
+        inputs = inputs_of(args, kwargs).arrays
         traced = [self.program.avals[i] for i in self.program.inputs[len(self.paths) :]]
         if [np.shape(x) for x in inputs] == [tuple(aval.shape) for aval in traced]:
             return self
@@ -137,7 +136,7 @@ def trace(
       fn: any traceable function of parameters and inputs: a linen `apply`, a function of an `nnx.State`,
         plain JAX code.
       params: its parameters, any tree of arrays.
-      *args: example inputs, of any batch size.
+      *args: example inputs, of any batch size. Bools, ints and strings (`train=False`) keep their value.
       updates: names the part of the output that is an updated copy of parameters, such as Flax's mutable
         collections: `lambda out: out[1]`. Those axes shrink with the parameters; all others of the
         output are frozen.

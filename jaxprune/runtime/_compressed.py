@@ -17,6 +17,7 @@ from jaxprune.graph import (
     NestedRun,
     Operation,
     Program,
+    inputs_of,
     nested_run,
     open_program,
     run_operation,
@@ -46,24 +47,19 @@ class CompressedFunction:
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         paths, leaves, treedef = _trees.flatten(params)
-        inputs, structure = jax.tree.flatten((args, kwargs))
+        inputs = inputs_of(args, kwargs)
         shapes = [
             jax.ShapeDtypeStruct(np.shape(x) if not is_compressed(x) else x.shape, _dtype(x))
             for x in leaves
         ]
-        key = (
-            treedef,
-            structure,
-            *((s.shape, s.dtype) for s in shapes),
-            *((np.shape(x), jnp.result_type(x)) for x in inputs),
-        )
+        key = (treedef, *((s.shape, s.dtype) for s in shapes), inputs.key)
         if key not in self._programs:
             dense = treedef.unflatten(shapes)
             self._programs[key] = trace_program(self._fn, dense, *args, **kwargs)
         program = self._programs[key]
         runner = _Runner(self._activations)
         held = [hold(leaf, path) for leaf, path in zip(leaves, paths, strict=True)]
-        outs = runner.run(program, [*held, *inputs])
+        outs = runner.run(program, [*held, *inputs.arrays])
         self.choices = tuple(runner.choices)
         self._tell()
         return program.out_tree.unflatten(outs)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params, PyTree
-from jaxprune.graph import Graph, Reduced, reduced, removal_of, trace
+from jaxprune.graph import Graph, Inputs, Reduced, inputs_of, reduced, removal_of, trace
 from jaxprune.graph import evaluate as run
 from jaxprune.structure._fold import FOLDS, folded
 
@@ -62,14 +62,15 @@ class SmallFunction:
 
     def remember(self, args: Any, kwargs: Any, graph: Graph, found: Reduced) -> None:
         """Keeps a plan for these inputs."""
-        self._plans[_key(args, kwargs)] = graph, found
+        self._plans[inputs_of(args, kwargs).key] = graph, found
 
     def _plan(self, args: Any, kwargs: Any) -> tuple[Graph, Reduced]:
-        if _key(args, kwargs) not in self._plans:
+        key = inputs_of(args, kwargs).key
+        if key not in self._plans:
             graph = trace(self._fn, self._full, *args, updates=self._updates, **kwargs)
             removal = removal_of(graph.units, graph.own, self._removed, list(self._blank))
             self.remember(args, kwargs, graph, reduced(graph, removal))
-        return self._plans[_key(args, kwargs)]
+        return self._plans[key]
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         graph, found = self._plan(args, kwargs)
@@ -85,7 +86,7 @@ class SmallFunction:
             x if np.shape(x) == shape else jnp.zeros(shape, x.dtype)
             for x, shape in zip(leaves, wanted, strict=False)
         ]
-        outs = run(found.plan, [*inputs, *jax.tree.leaves((args, kwargs))])
+        outs = run(found.plan, [*inputs, *inputs_of(args, kwargs).arrays])
         for position, leaf in graph.updated.items():  # what is gone stays gone
             if np.shape(outs[position]) != self._small[leaf]:
                 outs[position] = jnp.zeros(self._small[leaf], outs[position].dtype)
@@ -149,10 +150,10 @@ def compact(
     _check_reached(graph, found, masks)
     leaves = graph.treedef.flatten_up_to(params)
     flags = graph.treedef.flatten_up_to(masks)
-    inputs = jax.tree.leaves((args, kwargs))
+    given = inputs_of(args, kwargs)
     reference = None
     if fold is not None:
-        leaves, reference = folded(graph, removal, leaves, flags, inputs, fold)
+        leaves, reference = folded(graph, removal, leaves, flags, given.arrays, fold)
     small = [_cut(*item) for item in zip(leaves, flags, found.kept, strict=True)]
     full = graph.treedef.unflatten(
         jax.ShapeDtypeStruct(shape, leaf.dtype)
@@ -164,21 +165,24 @@ def compact(
     if verify:
         if reference is None:
             masked = [_masked(leaf, flag) for leaf, flag in zip(leaves, flags, strict=True)]
-            reference = jax.jit(fn)(graph.treedef.unflatten(masked), *args, **kwargs)
+            reference = _jitted(fn, given)(graph.treedef.unflatten(masked))
         else:
             reference = graph.program.out_tree.unflatten(reference)
-        result = jax.jit(small_fn)(small_params, *args, **kwargs)
+        result = _jitted(small_fn, given)(small_params)
         small_fn.differences = _differences(graph, reference, result)
     return small_fn, small_params
 
 
+def _jitted(fn: Callable[..., Any], inputs: Inputs) -> Callable[[Params], Any]:
+    def call(params: Params, arrays: list[Any]) -> Any:
+        args, kwargs = inputs.rebuild(arrays)
+        return fn(params, *args, **kwargs)
+
+    return lambda params: jax.jit(call)(params, inputs.arrays)
+
+
 def _sizes(left: tuple[np.ndarray, ...]) -> tuple[int, ...]:
     return tuple(len(index) for index in left)
-
-
-def _key(args: Any, kwargs: Any) -> Any:
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    return treedef, tuple((np.shape(x), jnp.result_type(x)) for x in leaves)
 
 
 def _check_reached(graph: Graph, found: Reduced, masks: Masks) -> None:

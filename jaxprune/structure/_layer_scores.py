@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxprune import _checks
 from jaxprune._types import Params, PyTree, Scores
-from jaxprune.graph import Graph, Operation, carries_of, observe, turns_of
+from jaxprune.graph import Graph, Operation, carries_of, inputs_of, observe, turns_of
 from jaxprune.structure._layers import Layer, some_layers
 
 _MEASURES = ("influence", "angular", "loss", "magnitude")
@@ -70,9 +70,9 @@ def layer_scores(
     elif by == "loss":
         if loss is None:
             raise ValueError('loss: by="loss" needs loss=, a function of the output, got None')
-        each = _loss_changes(graph, found, leaves, jax.tree.leaves((args, kwargs)), loss)
+        each = _loss_changes(graph, found, leaves, inputs_of(args, kwargs).arrays, loss)
     else:
-        pairs = _streams(graph, found, leaves, jax.tree.leaves((args, kwargs)))
+        pairs = _streams(graph, found, leaves, inputs_of(args, kwargs).arrays)
         each = [
             _distance(pairs[i][0], pairs[i + span - 1][1], by) for i in range(len(found) - span + 1)
         ]

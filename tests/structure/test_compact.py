@@ -295,6 +295,30 @@ def test_functions_that_cannot_be_traced():
         jp.compact(branching, {"w": jnp.ones((2, 2))}, {"w": jnp.array(True)})
 
 
+def test_arguments_that_are_no_arrays_keep_their_value():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train, *, scale=1.0, mode="plain"):
+            x = nn.Dropout(0.5, deterministic=not train)(nn.relu(nn.Dense(8)(x)))
+            return nn.Dense(3)(x) * scale if mode == "scaled" else nn.Dense(3)(x)
+
+    x = normal(4, 5)
+    params = randomized(Net().init(jax.random.key(0), x, False))
+    fn = Net().apply
+    kwargs = {"scale": 2.0, "mode": "scaled", "rngs": {"dropout": jax.random.key(1)}}
+    graph = jp.trace(fn, params, x, True, **kwargs)
+    masks = jp.structure.unit_masks(graph, jp.scores.magnitude(params), sparsity=0.5)
+    small_fn, small = jp.compact(fn, params, masks, x, True, verify=True, **kwargs)
+    masked = jp.apply_masks(params, masks)
+    assert_close(fn(masked, x, True, **kwargs), small_fn(small, x, True, **kwargs))
+    assert_close(fn(masked, x, False), small_fn(small, x, False))
+    plain = jax.jit(small_fn, static_argnums=2)(small, x, False)
+    assert_close(fn(masked, x, False), plain)
+    assert_close(fn(masked, x, False), jp.compressed(fn)(masked, x, False))
+    with pytest.raises(ValueError, match="cannot be traced"):
+        jp.trace(fn, params, x, jnp.array(True))
+
+
 def test_every_axis_is_accounted_for():
     for name in ZOO:
         fn, params, x = build(name)
