@@ -53,11 +53,17 @@ def plot_accuracy(
     figure = new_figure(6.4, 4.0)
     axes = figure.add_subplot()
     size, percent = np.asarray(nbytes) / 1000, 100 * np.asarray(accuracy)
-    axes.plot(size, percent, color="0.75", zorder=1)
-    for x, y, name in zip(size, percent, names, strict=True):
-        axes.scatter(x, y, s=60, zorder=2)
+    for rank, i in enumerate(np.argsort(size, kind="stable")):
+        # neighbours by size have their labels on different sides
+        offset, side = ((0, 9), "bottom") if rank % 2 == 0 else ((0, -9), "top")
+        axes.scatter(size[i], percent[i], s=60)
         axes.annotate(
-            f"{name}\n{y:.1f} %", (x, y), xytext=(0, 9), textcoords="offset points", ha="center"
+            f"{names[i]}\n{percent[i]:.1f} %",
+            (size[i], percent[i]),
+            xytext=offset,
+            textcoords="offset points",
+            ha="center",
+            va=side,
         )
     axes.set_xscale("log")
     axes.set_xticks(size, [f"{x:,.0f}" for x in size])
