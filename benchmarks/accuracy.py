@@ -1,4 +1,4 @@
-"""Test accuracy of the demo's three models over several seeds.
+"""Test accuracy of the demo's models over several seeds.
 
 python benchmarks/accuracy.py [--seeds 3]
 """
