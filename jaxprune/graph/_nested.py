@@ -7,13 +7,14 @@ stacked layers may lose a turn where that turn, masked, hands on its carry uncha
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
-from jaxprune.graph._axes import Axes, no_rule
+from jaxprune.graph._axes import Axes, joined, no_rule, passed_or_frozen
 from jaxprune.graph._program import Operation, Program, open_program
 from jaxprune.graph._units import FROZEN, Facts
 from jaxprune.graph._vanish import same_values
@@ -107,7 +108,6 @@ def scan_rule(walk: Walk) -> Callable[..., list[Axes]]:
         passes = scanned and all(
             masked.same.get(out, out) == into
             for out, into in zip(program.outputs, program.inputs[n_consts:first], strict=False)
-            if out is not None
         )
         turns, vanish = np.full(length, FROZEN), np.zeros(length, bool)
         if passes:
@@ -175,12 +175,7 @@ def cond_rule(walk: Walk) -> Callable[..., list[Axes]]:
             found.append([inner.axes[i] for i in inner.program.outputs])
         results = []
         for values in zip(*found, strict=True):
-            ids, zero = [], []
-            for axis in range(len(values[0].ids)):
-                for x in values[1:]:
-                    facts.equate(values[0].ids[axis], x.ids[axis])
-                ids.append(values[0].ids[axis])
-                zero.append(np.logical_and.reduce([x.zero[axis] | x.is_zero for x in values]))
+            ids, zero = joined(facts, list(values), range(len(values[0].ids)))
             known = 0.0 if all(x.is_zero for x in values) else None
             results.append(Axes(tuple(ids), tuple(zero), known))
         return results
@@ -210,30 +205,25 @@ def shard_rule(walk: Walk) -> Callable[..., list[Axes]]:
         if len(program.inputs) != len(ins):
             return no_rule(facts, params, source, ins, outs, "shard_map")
         reason = f"split over devices by shard_map at {source}"
-        local = []
-        for x, spec, number in zip(ins, params["in_specs"], program.inputs, strict=True):
-            shape = program.avals[number].shape
-            ids, zero = list(x.ids), list(x.zero)
-            for axis, entry in enumerate(_entries(spec, len(shape))):
-                if entry is not None:
-                    facts.freeze(x.ids[axis], reason)
-                    ids[axis] = np.full(shape[axis], FROZEN)
-                    zero[axis] = np.zeros(shape[axis], bool)
-            local.append(Axes(tuple(ids), tuple(zero), x.value))
+        numbers = program.inputs
+        local = [
+            _divided(facts, x, spec, tuple(program.avals[number].shape), reason)
+            for x, spec, number in zip(ins, params["in_specs"], numbers, strict=True)
+        ]
         inner = _enter(walk, facts, 0, program, local)
-        results = []
-        for number, spec, shape in zip(program.outputs, params["out_specs"], outs, strict=True):
-            x = inner.axes[number]
-            ids, zero = list(x.ids), list(x.zero)
-            for axis, entry in enumerate(_entries(spec, len(shape))):
-                if entry is not None:
-                    facts.freeze(x.ids[axis], reason)
-                    ids[axis] = np.full(shape[axis], FROZEN)
-                    zero[axis] = np.zeros(shape[axis], bool)
-            results.append(Axes(tuple(ids), tuple(zero)))
-        return results
+        results = [inner.axes[number] for number in program.outputs]
+        return [
+            replace(_divided(facts, x, spec, shape, reason), value=None)
+            for x, spec, shape in zip(results, params["out_specs"], outs, strict=True)
+        ]
 
     return rule
+
+
+def _divided(facts: Facts, x: Axes, spec: Any, shape: tuple[int, ...], reason: str) -> Axes:
+    """A value on the other side of a split over devices, of `shape` there: split axes freeze."""
+    passes = [entry is None for entry in _entries(spec, len(shape))]
+    return replace(passed_or_frozen(facts, x, shape, passes, reason), value=x.value)
 
 
 def _entries(spec: Any, rank: int) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxprune._types import CompressedArray
 from jaxprune.quantize import QuantizedArray
 from jaxprune.runtime import _lowerings
 from jaxprune.runtime._lowerings import Codes, codes_of
@@ -74,6 +75,6 @@ def run(name: str, x: jax.Array, codes: Codes) -> jax.Array:
     return getattr(_lowerings, name)(x, codes)
 
 
-def dense_bytes(array: QuantizedArray) -> int:
+def dense_bytes(array: CompressedArray) -> int:
     """Bytes of the dense array."""
-    return array.size * np.dtype(array.dtype).itemsize
+    return int(np.prod(array.shape)) * np.dtype(array.dtype).itemsize

@@ -24,7 +24,7 @@ from jaxprune.graph import (
     trace_program,
 )
 from jaxprune.quantize import QuantizedArray
-from jaxprune.runtime._choose import Choice, lowering_for, run
+from jaxprune.runtime._choose import Choice, dense_bytes, lowering_for, run
 from jaxprune.runtime._held import Held, converted, hold, looked_up, transposed, unstacked
 
 _WARN_BYTES = 64 * 2**20
@@ -146,7 +146,7 @@ class _Runner:
     ) -> None:
         name = operation.primitive.name if operation else "output"
         source = operation.source if operation else ""
-        size = held.array.size * np.dtype(held.array.dtype).itemsize if lowering == "dense" else 0
+        size = dense_bytes(held.array) if lowering == "dense" else 0
         self.choices.append(Choice(held.path, name, tuple(shapes), lowering, why, source, size))
 
     def _rows(self, operation: Operation, held: Held, index: Any) -> Any:

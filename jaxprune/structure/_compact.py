@@ -14,8 +14,6 @@ from jaxprune.graph import Graph, Inputs, Reduced, inputs_of, reduced, removal_o
 from jaxprune.graph import evaluate as run
 from jaxprune.structure._fold import FOLDS, folded
 
-Shapes = list[tuple[int, ...]]
-
 
 class SmallFunction:
     """A function at smaller sizes, from `jp.compact`.
@@ -231,6 +229,7 @@ def _differences(graph: Graph, reference: PyTree, result: PyTree) -> dict[str, f
       ValueError: a difference beyond rounding.
     """
     found = {}
+    tolerance = 1e-3 if _precise(graph) else 0.1
     paths, expected, _ = _trees.flatten(reference)
     for position, (path, a, b) in enumerate(
         zip(paths, expected, jax.tree.leaves(result), strict=True)
@@ -240,7 +239,6 @@ def _differences(graph: Graph, reference: PyTree, result: PyTree) -> dict[str, f
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         difference = float(np.max(np.abs(a - b), initial=0.0))
         found[path or "output"] = difference
-        tolerance = 1e-3 if _precise(graph) else 0.1
         allowed = tolerance * max(float(np.max(np.abs(a), initial=0.0)), 1e-3)
         if not difference <= allowed:
             raise ValueError(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph import Graph, Operation, Removal, observe
+from jaxprune.graph import Graph, Operation, Removal, observe, run_operation
 
 FOLDS = ("constants", "mean")
 _PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -133,7 +133,7 @@ class _Fold:
             return None
         changed = list(operands)
         changed[side] = jnp.where(gone, x, jnp.zeros((), x.dtype))
-        return _bound(operation, *changed)
+        return run_operation(operation, changed)[0]
 
     def _fold(
         self, operation: Operation, contribution: Any, result: Any, free: tuple[int, ...]
@@ -178,7 +178,7 @@ class _Fold:
                     value = value * factor if name == "mul" else value / factor
             elif name in _THROUGH:
                 if name != "convert_element_type":
-                    value = _bound(user, value)
+                    value = run_operation(user, [value])[0]
             else:
                 break
             number = user.outs[0]
@@ -207,7 +207,7 @@ class _Fold:
         def view(x: Any) -> Any:
             for step in reversed(steps):
                 if step.primitive.name != "convert_element_type":
-                    x = _bound(step, x)
+                    x = run_operation(step, [x])[0]
             return x
 
         like = jnp.zeros(self.graph.shapes[position], jnp.float32)
@@ -236,10 +236,3 @@ def _axes_of(
     own = [rank - len(c) - shared for rank, c in zip(ranks, contracting, strict=True)]
     start = shared + (own[0] if side == 0 else 0)
     return contracting[side], (*range(shared), *range(start, start + own[1 - side]))
-
-
-def _bound(operation: Operation, *operands: Any) -> Any:
-    params = operation.primitive.get_bind_params(operation.params)
-    return operation.primitive.bind(
-        *operands, **(params[1] if isinstance(params, tuple) else params)
-    )
