@@ -1,8 +1,16 @@
 """Quantization: spec, scale, round, pack; and the same with straight-through gradients."""
 
-from jaxprune.quantize._array import QuantizedArray
+from jaxprune.quantize._array import (
+    Levels,
+    QuantizedArray,
+    largest_values,
+    parts_of,
+    strided,
+)
 from jaxprune.quantize._fake import fake_quantize, fake_quantize_tree
+from jaxprune.quantize._inputs import ActivationQuantized, DynamicInput, InputScale
 from jaxprune.quantize._spec import Spec
 from jaxprune.quantize._tree import dequantize_tree, quantize_tree
+from jaxprune.quantize._views import leading_block
 
-__all__ = ["QuantizedArray", "Spec"]
+__all__ = ["ActivationQuantized", "DynamicInput", "InputScale", "QuantizedArray", "Spec"]

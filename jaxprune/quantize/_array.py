@@ -1,8 +1,8 @@
 """The quantized leaf."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,16 @@ from jaxtyping import Array, Float, Int8
 
 from jaxprune import _checks
 from jaxprune.quantize._bits import fields, pack, unpack
-from jaxprune.quantize._scale import from_levels, is_finite, reciprocal, scale_of, to_levels
+from jaxprune.quantize._scale import (
+    from_levels,
+    is_finite,
+    largest_magnitude,
+    reciprocal,
+    scale_of,
+    to_levels,
+)
 from jaxprune.quantize._spec import Spec, check_fits
+from jaxprune.quantize._views import leading_block, reshaped_scales
 
 
 @partial(
@@ -85,14 +93,6 @@ class QuantizedArray:
         out = unpack(self.values, self.spec.width, abs(self.length), signed=signed)
         return out if self.length >= 0 else out[..., 0]
 
-    def level_parts(self) -> list[Array]:
-        """The codes, unpacked but not put in order: entry `i` of part `j` is entry `i * len(parts) + j`
-        along the last axis, whose end may be padding. Cheaper than `levels` where order does not matter.
-        """
-        if self.spec.width == 8:
-            return [self.values]
-        return fields(self.values, self.spec.width)
-
     def materialize(self) -> Float[Array, "..."]:
         """The dense array, of `shape` and `dtype`."""
         return from_levels(self.levels(), self.scale, self.zero_point, self.spec, self.dtype)
@@ -112,6 +112,107 @@ class QuantizedArray:
         if isinstance(index, (int, np.integer)) and group == 1 != n:
             scale, zero = scale[0], None if zero is None else zero[0]
         return QuantizedArray(self.values[index], scale, zero, self.spec, self.length, self.dtype)
+
+    def astype(self, dtype: Any) -> "QuantizedArray":
+        """The same codes, standing for an array of another float type."""
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"dtype: expected a float type, got {dtype}; use materialize() first")
+        return replace(self, dtype=np.dtype(dtype))
+
+    def reshape(self, *shape: Any) -> "QuantizedArray":
+        """Another shape, still quantized, where each scale goes on belonging to whole axes.
+
+        Raises:
+          TypeError: codes packed in one byte, or entries of one scale, would part.
+        """
+        wanted = tuple(shape[0]) if len(shape) == 1 and np.ndim(shape[0]) else shape
+        wanted = tuple(int(n) for n in wanted)
+        packed = self.spec.width < 8
+        scales = reshaped_scales(self.shape, wanted, self.scale.shape, whole_rows=packed)
+        if scales is None:
+            raise TypeError(
+                f"reshape: {self.shape} to {wanted} would part codes of one scale or byte; "
+                "use materialize().reshape(...)"
+            )
+        change = lambda y: None if y is None else scales(y)
+        last = self.values.shape[-1] if packed else wanted[-1]
+        return QuantizedArray(
+            self.values.reshape(*wanted[:-1], last),
+            change(self.scale),
+            change(self.zero_point),
+            self.spec,
+            wanted[-1],
+            self.dtype,
+        )
+
+    def block(self, start: Any, size: int) -> "QuantizedArray":
+        """`size` entries of the leading axis from `start` (may be traced), still quantized.
+
+        Raises:
+          TypeError: the leading axis is packed, or the block may cut through groups of one scale.
+        """
+        n = self.shape[0] if self.ndim > 1 else 0
+        ratio = n // max(self.scale.shape[0], 1) if n else 1
+        whole = isinstance(start, (int, np.integer)) and start % ratio == size % ratio == 0
+        if n == 0 or not (ratio in (1, n) or whole):
+            raise TypeError(f"block: cuts through groups or bytes of shape {self.shape}")
+        return self.leading(start, size)
+
+    def leading(self, start: Any, size: int) -> "QuantizedArray":
+        """`block` for callers who know that it holds whole groups."""
+        n = self.shape[0]
+        cut = lambda y: None if y is None else leading_block(y, n, start, size)
+        return replace(
+            self, values=cut(self.values), scale=cut(self.scale), zero_point=cut(self.zero_point)
+        )
+
+
+def largest_values(x: QuantizedArray, axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """A bound of the absolute values along some axes, which stay with size 1; others may have it too."""
+    zero = None if x.zero_point is None else x.zero_point.astype(x.scale.dtype)
+    bound = largest_magnitude(x.scale, zero, x.spec, x.shape).astype(jnp.float32)
+    return jnp.max(bound, axes, keepdims=True)
+
+
+class Levels(NamedTuple):
+    """Codes one by one, each in a byte of its own, with what they mean.
+
+    Attributes:
+      codes: int8, float8, or the bits of float8 as uint8.
+      scale, zero_point: as in `QuantizedArray`.
+      spec: the format.
+    """
+
+    codes: Array
+    scale: Array
+    zero_point: Array | None
+    spec: Spec
+
+    def values(self) -> Float[Array, "..."]:
+        """What they stand for, in float32."""
+        return from_levels(self.codes, self.scale, self.zero_point, self.spec, jnp.dtype("float32"))
+
+
+def parts_of(x: QuantizedArray) -> list[Levels]:
+    """The entries of each place in the bytes: entry `i` of part `j` is entry `i * len(parts) + j` along
+    the last axis of `x`, whose end may be padding. Cheaper than codes in order.
+    """
+    if x.spec.width == 8:
+        return [Levels(x.values, x.scale, x.zero_point, x.spec)]
+    found = []
+    for i, codes in enumerate(fields(x.values, x.spec.width)):
+        codes = codes & 15 if x.spec.format == "nf4" else codes
+        own = lambda y, i=i: None if y is None else strided(y, i, 8 // x.spec.width, x.length)
+        found.append(Levels(codes, own(x.scale), own(x.zero_point), x.spec))
+    return found
+
+
+def strided(x: Array, start: int, step: int, n: int) -> Array:
+    """Every `step`-th of the entries along a last axis of `n`, which may be shared, and padding."""
+    if x.shape[-1] == 1 != n:
+        return x
+    found = x[..., start::step]
+    return jnp.pad(found, [(0, 0)] * (x.ndim - 1) + [(0, -(-n // step) - found.shape[-1])])
 
 
 def quantize(path: str, x: Float[Array, "..."], spec: Spec) -> tuple[QuantizedArray, Array]:

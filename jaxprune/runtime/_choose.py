@@ -1,22 +1,53 @@
 """Which lowering a product takes.
 
-Measured on CPU (`benchmarks/compressed.py`): an integer product of 8-bit codes runs several times faster
-than a float one, from two rows on. Two planes of activations make it precise and still faster. Compilers
-for GPU and TPU fuse the conversion of codes into a float product.
+Measured on CPU (`benchmarks/compressed.py`, `jaxprune tune`): an integer product of 8-bit codes runs
+several times faster than a float one, from two rows on, and two planes of activations make it precise and
+still faster. Codes that are no integers, or whose scales differ within a sum, become numbers block by
+block; with many rows it pays to round those to two planes again. Compilers for GPU and TPU fuse the
+conversion of codes into a float product.
 """
 
-from typing import NamedTuple
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxprune._types import CompressedArray
-from jaxprune.quantize import QuantizedArray
+from jaxprune.quantize import DynamicInput, InputScale, QuantizedArray
 from jaxprune.runtime import _lowerings
-from jaxprune.runtime._lowerings import Codes, codes_of
+from jaxprune.runtime._activations import How
+from jaxprune.runtime._layout import Layout
 
 _INTEGER = ("int8", "int4", "int2")
 _LONGEST = (2**31 - 1) // (127 * 128)  # products of 8-bit integers that 32 bits hold
+
+Thresholds = dict[str, list[tuple[int, str]]]
+"""Per kind of codes: up to so many rows, such a lowering; the last has no bound (-1)."""
+
+DEFAULTS: dict[str, Thresholds] = {
+    "cpu": {
+        "integers": [(-1, "two_planes")],
+        "packed integers": [(-1, "two_planes")],
+        "other codes": [(32, "blocks"), (-1, "block_planes")],
+    },
+    "other": {
+        "integers": [(-1, "converted")],
+        "packed integers": [(-1, "converted")],
+        "other codes": [(-1, "dense")],
+    },
+}
+
+_WHY = {
+    "two_planes": "integer products are fastest, the activations in two 8-bit planes",
+    "converted": "the compiler fuses the conversion into the product",
+    "blocks": "made dense block by block in the cache, and a float product",
+    "block_planes": "many rows: made dense block by block, and integer products of 8-bit planes",
+    "dense": "the compiler fuses what makes it dense into the product",
+}
 
 
 class Choice(NamedTuple):
@@ -26,7 +57,8 @@ class Choice(NamedTuple):
       path: path of the leaf.
       primitive: the operation.
       shapes: shapes of its operands.
-      lowering: `"two_planes"`, `"integer"`, `"converted"`, `"rows"` (a look-up of compressed rows), or
+      lowering: `"two_planes"`, `"integer"`, `"converted"`, `"float8"`, `"blocks"`, `"block_planes"`, `"rows"` (a
+        look-up of compressed rows), `"rounded"` (a dense weight with quantized activations), or
         `"dense"`: the leaf is made dense first.
       why: the reason.
       source: where the program called it.
@@ -42,39 +74,104 @@ class Choice(NamedTuple):
     dense_bytes: int
 
 
-def lowering_for(
-    array: QuantizedArray, activations: str | None, *, across: bool, rows: int
-) -> tuple[str, str, Codes | None]:
-    """A lowering's name, the reason, and the matrix as it reads it.
-
-    Args:
-      array: a quantized matrix.
-      activations: `"int8"` to quantize the other operand row by row.
-      across: the contracted axis is the last.
-      rows: rows of the other operand.
-    """
-    codes = codes_of(array, across=across)
-    if isinstance(codes, str):
-        return "dense", codes, None
-    kind = array.spec.format
-    contracted = array.shape[-1 if across else -2]
-    if kind in _INTEGER and contracted > _LONGEST:
-        return "converted", f"an integer sum over {contracted} products may overflow", codes
-    if kind in _INTEGER:
-        if activations == "int8":
-            return "integer", "8-bit activations, one scale per row", codes
-        if jax.default_backend() == "cpu":
-            return "two_planes", f"integer products are fastest on CPU, at {rows} rows too", codes
-    if kind not in _INTEGER and jax.default_backend() == "cpu":
-        return "dense", f"{kind} converts as fast as it multiplies on CPU", None
-    return "converted", "the compiler fuses the conversion into the product", codes
+def tuning_file() -> Path:
+    """Where `jaxprune tune` keeps what it measured: `JAXPRUNE_TUNING`, or the user's cache folder."""
+    given = os.environ.get("JAXPRUNE_TUNING")
+    if given:
+        return Path(given)
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "jaxprune" / "tuning.json"
 
 
-def run(name: str, x: jax.Array, codes: Codes) -> jax.Array:
-    """A product by its lowering: (rows, k) -> (rows, n)."""
-    return getattr(_lowerings, name)(x, codes)
+@cache
+def thresholds(backend: str) -> Thresholds:
+    """Measured ones of this machine, or the defaults."""
+    base = DEFAULTS["cpu" if backend == "cpu" else "other"]
+    try:
+        found = json.loads(tuning_file().read_text())[backend]
+        measured = {k: [(int(n), str(name)) for n, name in v] for k, v in found.items() if k in base}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return base
+    known = all(name in _WHY for rules in measured.values() for _, name in rules)
+    return {**base, **measured} if known else base
+
+
+def kind_of(w: QuantizedArray, layout: Layout) -> tuple[str, str]:
+    """The kind of codes, as thresholds name it, and what keeps them from being integers in a product."""
+    separated = _lowerings.separated(w, layout)
+    if isinstance(separated, str):
+        return "other codes", separated
+    if w.spec.format not in _INTEGER:
+        return "other codes", f"{w.spec.format} codes are no integers"
+    if layout.depth > _LONGEST:
+        return "other codes", f"an integer sum over {layout.depth} products may overflow"
+    return ("integers" if w.spec.width == 8 else "packed integers"), ""
+
+
+def lowering_for(w: QuantizedArray, how: How, layout: Layout) -> tuple[str, str]:
+    """A lowering's name and the reason."""
+    backend = jax.default_backend()
+    kind, reason = kind_of(w, layout)
+    if kind != "other codes" and isinstance(how, DynamicInput) and how.dtype == "int8":
+        return "integer", "8-bit activations, one scale per row"
+    if kind != "other codes" and isinstance(how, InputScale):
+        inner, _ = _lowerings.separated(w, layout)
+        if inner is None:
+            return "integer", "activations by their calibrated scale"
+        return "two_planes", "calibrated activations, times scales of the contracted indices"
+    both = w.spec.format == "float8_e4m3fn" and how == DynamicInput("float8_e4m3fn")
+    if both and backend != "cpu" and not isinstance(_lowerings.separated(w, layout), str):
+        return "float8", "both operands in float8, one scale per row"
+    rules = thresholds(backend)[kind]
+    name = next(name for most, name in rules if layout.rows <= most or most < 0)
+    if name == "block_planes" and layout.depth > _LONGEST:
+        name = "blocks"
+    if name == "dense" and layout.batch == () and not isinstance(_lowerings.separated(w, layout), str):
+        name = "converted"
+    return name, f"{reason}: {_WHY[name]}" if reason else _WHY[name]
 
 
 def dense_bytes(array: CompressedArray) -> int:
     """Bytes of the dense array."""
     return int(np.prod(array.shape)) * np.dtype(array.dtype).itemsize
+
+
+def run(name: str, x: Any, w: QuantizedArray, layout: Layout, how: How) -> jax.Array:
+    """A product by its lowering, `x` and result as the lowerings have them.
+
+    Its derivative is that of the product with the dense array.
+    """
+
+    @jax.custom_jvp
+    def product(x: jax.Array, w: QuantizedArray, how: How) -> jax.Array:
+        return getattr(_lowerings, name)(x, w, layout, how)
+
+    def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        y = product(*primals)
+        moved = [
+            not isinstance(t, jax.custom_derivatives.SymbolicZero)
+            and t.dtype != jax.dtypes.float0
+            for t in jax.tree.leaves(tangents, is_leaf=_is_zero)
+        ]
+        leaves, tree = jax.tree.flatten(primals)
+        directions = jax.tree.leaves(tangents, is_leaf=_is_zero)
+        at = [i for i, m in enumerate(moved) if m]
+
+        def reference(*some: Any) -> jax.Array:
+            full = list(leaves)
+            for i, value in zip(at, some, strict=True):
+                full[i] = value
+            x, w, how = jax.tree.unflatten(tree, full)
+            return _lowerings.dense(x, w, layout, how)
+
+        if not at:
+            return y, jax.numpy.zeros_like(y)
+        _, tangent = jax.jvp(reference, [leaves[i] for i in at], [directions[i] for i in at])
+        return y, tangent
+
+    product.defjvp(derivative, symbolic_zeros=True)
+    return product(x, w, how)
+
+
+def _is_zero(x: Any) -> bool:
+    return isinstance(x, jax.custom_derivatives.SymbolicZero)

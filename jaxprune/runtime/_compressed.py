@@ -14,18 +14,21 @@ from rich.table import Table
 from jaxprune import _checks, _trees
 from jaxprune._types import is_compressed
 from jaxprune.graph import (
-    NestedRun,
+    Follower,
+    Found,
+    Held,
     Operation,
     Program,
+    Use,
     inputs_of,
-    nested_run,
-    open_program,
     run_operation,
     trace_program,
 )
-from jaxprune.quantize import QuantizedArray
+from jaxprune.quantize import ActivationQuantized, DynamicInput, QuantizedArray
+from jaxprune.runtime._activations import How, rounded
 from jaxprune.runtime._choose import Choice, dense_bytes, lowering_for, run
-from jaxprune.runtime._held import Held, converted, hold, looked_up, transposed, unstacked
+from jaxprune.runtime._kernels import converted_kernel, looked_up
+from jaxprune.runtime._layout import layout_of, restored, standard
 
 _WARN_BYTES = 64 * 2**20
 
@@ -37,7 +40,7 @@ class CompressedFunction:
       choices: how each operation on a compressed leaf ran, for the inputs traced last.
     """
 
-    def __init__(self, fn: Callable[..., Any], activations: str | None, *, explain: bool) -> None:
+    def __init__(self, fn: Callable[..., Any], activations: How, *, explain: bool) -> None:
         """Made by `jp.compressed`."""
         self._fn, self._activations, self._explain = fn, activations, explain
         self._programs: dict[Any, Program] = {}
@@ -57,10 +60,10 @@ class CompressedFunction:
             dense = treedef.unflatten(shapes)
             self._programs[key] = trace_program(self._fn, dense, *args, **kwargs)
         program = self._programs[key]
-        runner = _Runner(self._activations)
+        run = _Run(self._activations)
         held = [hold(leaf, path) for leaf, path in zip(leaves, paths, strict=True)]
-        outs = runner.run(program, [*held, *inputs.arrays])
-        self.choices = tuple(runner.choices)
+        outs, _ = run.follower().run(program, [*held, *inputs.arrays])
+        self.choices = tuple(run.choices)
         self._tell()
         return program.out_tree.unflatten(outs)
 
@@ -95,51 +98,37 @@ def _dtype(leaf: Any) -> Any:
 
 
 @dataclass
-class _Runner:
+class _Run:
     """One pass over a program with held leaves."""
 
-    activations: str | None
+    activations: How
     choices: list[Choice] = field(default_factory=list)
 
-    def run(self, program: Program, inputs: list[Any]) -> list[Any]:
-        values = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
-        for operation in program.operations:
-            operands = [values[i] for i in operation.ins]
-            if any(isinstance(x, Held) for x in operands):
-                outs = self._held(operation, operands)
-            else:
-                outs = run_operation(operation, operands)
-            values.update(zip(operation.outs, outs, strict=True))
-        return [self._dense(values[i], None, "it is returned") for i in program.outputs]
+    def follower(self) -> Follower:
+        return Follower(self._use, self._dense)
 
-    def _held(self, operation: Operation, operands: list[Any]) -> list[Any]:
-        name, params = operation.primitive.name, operation.params
-        first = operands[0]
-        found: Any = None
-        if name in ("optimization_barrier", "copy", "name", "sharding_constraint"):
-            return list(operands[: len(operation.outs)])
-        if isinstance(first, Held):
-            if name == "transpose":
-                found = transposed(first, params["permutation"])
-            elif name == "convert_element_type":
-                found = converted(first, params["new_dtype"])
-            elif name == "gather":
-                found = self._rows(operation, first, operands[1])
+    def _use(self, use: Use) -> Found:
+        operation, operands = use
+        name = operation.primitive.name
+        if name == "gather" and isinstance(operands[0], Held):
+            return Found(self._rows(operation, *operands[:2]))
+        if name not in ("dot_general", "conv_general_dilated"):
+            return Found()
+        sides = [i for i in (0, 1) if isinstance(operands[i], Held)]
+        if len(sides) != 1:
+            return Found(why="both operands are compressed")
+        side = sides[0]
+        if not jnp.issubdtype(operands[1 - side].dtype, jnp.floating):
+            return Found(why="the other operand is no float")
         if name == "dot_general":
-            found = self._product(operation, *operands[:2])
-        if found is not None:
-            return [found]
-        nested = nested_run(operation)
-        if nested is not None:
-            return self._nested(operation, operands, nested)
-        why = f"no other way to run {name} on it"
-        return run_operation(operation, [self._dense(x, operation, why) for x in operands])
+            return self._product(operation, operands[side], operands[1 - side], side)
+        if side == 0:
+            return Found(why="it is what is convolved, not the kernel")
+        return self._convolution(operation, *operands)
 
-    def _dense(self, x: Any, operation: Operation | None, why: str) -> Any:
-        if not isinstance(x, Held):
-            return x
-        self._note(operation, x, (x.shape,), "dense", why)
-        return x.materialize()
+    def _dense(self, operation: Operation | None, held: Held, why: str) -> None:
+        if is_compressed(held.array):
+            self._note(operation, held, (held.shape,), "dense", why)
 
     def _note(
         self, operation: Operation | None, held: Held, shapes: Any, lowering: str, why: str
@@ -149,83 +138,90 @@ class _Runner:
         size = dense_bytes(held.array) if lowering == "dense" else 0
         self.choices.append(Choice(held.path, name, tuple(shapes), lowering, why, source, size))
 
-    def _rows(self, operation: Operation, held: Held, index: Any) -> Any:
-        """A look-up of whole rows of a matrix."""
+    def _how(self, held: Held) -> How:
+        return self.activations if held.note is None else held.note
+
+    def _product(self, operation: Operation, held: Held, x: Any, side: int) -> Found:
+        how = self._how(held)
+        shapes = (x.shape, held.shape)
+        layout = layout_of(operation, held, x, side)
+        if not is_compressed(held.array):
+            self._note(operation, held, shapes, "rounded", "activations are rounded first")
+            axes = operation.params["dimension_numbers"][0][1 - side]
+            pair = [rounded(x, tuple(axes), how), held.materialize()]
+            return Found(run_operation(operation, pair if side else pair[::-1]))
+        if not isinstance(held.array, QuantizedArray):
+            return Found()
+        packed = held.array.spec.width < 8 and len(layout.shape) - 1 in layout.batch
+        if packed or len(layout.shape) < 2:
+            return Found(why="codes of one byte belong to different products")
+        name, why = lowering_for(held.array, how, layout)
+        self._note(operation, held, shapes, name, why)
+        rows = standard(operation, x.astype(jnp.float32), side, layout)
+        y = restored(run(name, rows, held.array, layout, how), held, side, layout)
+        wanted = operation.params["preferred_element_type"] or jnp.result_type(
+            x.dtype, held.array.dtype
+        )
+        return Found([y.astype(wanted)])
+
+    def _convolution(self, operation: Operation, x: Any, held: Held) -> Found:
+        """A convolution of perhaps rounded activations with a kernel whose codes are converted."""
+        how = self._how(held)
+        numbers = operation.params["dimension_numbers"]
+        example = tuple(i for i in range(x.ndim) if i != numbers.lhs_spec[0])
+        x = rounded(x, example, how)
+        shapes = (x.shape, held.shape)
+        if is_compressed(held.array):
+            found = converted_kernel(held, numbers.rhs_spec[0])
+            if found is not None:
+                codes, scale = found
+                why = "codes are converted, scales applied to the result"
+                self._note(operation, held, shapes, "converted", why)
+                (y,) = run_operation(operation, [x, codes.astype(x.dtype)])
+                axes = [i for i in range(y.ndim) if i != numbers.out_spec[1]]
+                y = y * jnp.expand_dims(scale, axes)
+                wanted = operation.params["preferred_element_type"] or x.dtype
+                return Found([y.astype(wanted)])
+            self._dense(operation, held, "scales or codes that do not factor out of a convolution")
+        else:
+            self._note(operation, held, shapes, "rounded", "activations are rounded first")
+        return Found(run_operation(operation, [x, held.materialize()]))
+
+    def _rows(self, operation: Operation, held: Held, index: Any) -> list[Any] | None:
+        """A look-up of whole entries of the leading axis."""
         spec = operation.params["dimension_numbers"]
-        sizes = operation.params["slice_sizes"]
+        sizes, rank = tuple(operation.params["slice_sizes"]), len(held.shape)
+        lead = np.ndim(index) - 1
         rows = (
-            tuple(spec.collapsed_slice_dims) == (0,)
+            isinstance(held.array, QuantizedArray)
+            and rank >= 2
+            and held.is_straight
+            and tuple(spec.collapsed_slice_dims) == (0,)
             and tuple(spec.start_index_map) == (0,)
             and not spec.operand_batching_dims
-            and tuple(sizes) == (1, held.shape[-1])
-            and tuple(spec.offset_dims) == (np.ndim(index) - 1,)
+            and sizes == (1, *held.shape[1:])
+            and tuple(spec.offset_dims) == tuple(range(lead, lead + rank - 1))
         )
         if not rows:
             return None
         wanted = index[..., 0]
         inside = jnp.clip(wanted, 0, held.shape[0] - 1)
-        found = looked_up(held, inside)
-        if found is None:
-            return None
+        found = looked_up(held.array, inside)
         if "FILL" in str(operation.params["mode"]):
             fill = operation.params.get("fill_value")
             value = jnp.nan if fill is None else fill
-            found = jnp.where((wanted == inside)[..., None], found, value).astype(found.dtype)
-        self._note(
-            operation, held, (held.shape, np.shape(index)), "rows", "only rows are made dense"
-        )
-        return found
+            present = jnp.expand_dims(wanted == inside, tuple(range(lead, lead + rank - 1)))
+            found = jnp.where(present, found, value).astype(found.dtype)
+        why = "only rows are made dense"
+        self._note(operation, held, (held.shape, np.shape(index)), "rows", why)
+        return [found]
 
-    def _product(self, operation: Operation, lhs: Any, rhs: Any) -> Any:
-        """A product with a held matrix on one side; `None` where it must be dense."""
-        sides = [isinstance(lhs, Held), isinstance(rhs, Held)]
-        if sides.count(True) != 1:
-            return None
-        side = sides.index(True)
-        held, x = (lhs, rhs) if side == 0 else (rhs, lhs)
-        contract, batch = operation.params["dimension_numbers"]
-        mine, other = contract[side], contract[1 - side]
-        matrix = len(held.shape) == 2 and len(mine) == 1 and not batch[0]
-        if not matrix or not isinstance(held.array, QuantizedArray):
-            return None
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return None
-        across = held.order[mine[0]] == -1
-        x = jnp.moveaxis(x, other[0], -1)
-        rows = int(np.prod(x.shape[:-1]))
-        name, why, codes = lowering_for(held.array, self.activations, across=across, rows=rows)
-        if codes is None:
-            return self._dense_product(operation, lhs, rhs, why)
-        self._note(operation, held, (x.shape, held.shape), name, why)
-        y = run(name, x.reshape(rows, x.shape[-1]), codes).reshape(*x.shape[:-1], -1)
-        if side == 0:  # the free axis of the left operand comes first
-            y = jnp.moveaxis(y, -1, 0)
-        wanted = operation.params["preferred_element_type"] or jnp.result_type(
-            x.dtype, held.array.dtype
-        )
-        return y.astype(wanted)
 
-    def _dense_product(self, operation: Operation, lhs: Any, rhs: Any, why: str) -> Any:
-        operands = [self._dense(x, operation, why) for x in (lhs, rhs)]
-        return run_operation(operation, operands)[0]
-
-    def _nested(self, operation: Operation, operands: list[Any], nested: NestedRun) -> list[Any]:
-        """A loop or a branch: what it carries is dense, what it reads or maps over stays compressed."""
-        ready = []
-        for i, x in enumerate(operands):
-            if isinstance(x, Held) and nested.slices(i) and (layers := unstacked(x)) is not None:
-                ready.append(layers)
-            elif isinstance(x, Held) and nested.reads(i):
-                ready.append(x)
-            else:
-                ready.append(
-                    self._dense(x, operation, "a loop carries it, or slices across scales")
-                )
-        turns = [self._turn(open_program(jaxpr)) for jaxpr in nested.jaxprs]
-        return nested.run(operation.params, turns, ready)
-
-    def _turn(self, program: Program) -> Callable[..., list[Any]]:
-        return lambda *xs: self.run(program, list(xs))
+def hold(leaf: Any, path: str) -> Any:
+    """A leaf as it enters a program: compressed ones, and those with quantized inputs, are followed."""
+    if isinstance(leaf, ActivationQuantized):
+        return Held.of(leaf.weight, path, leaf.input)
+    return Held.of(leaf, path) if is_compressed(leaf) else leaf
 
 
 def compressed(
@@ -241,8 +237,9 @@ def compressed(
 
     Args:
       fn: `fn(params, *args)`, any traceable function.
-      activations: `None` (weight-only), or `"int8"`: what multiplies integer codes is quantized to 8
-        bits, one scale per row (token), as it comes.
+      activations: `None` (weight-only), `"int8"` or `"float8_e4m3fn"`: what multiplies compressed
+        weights is quantized, one scale per row (token; per example in convolutions), as it comes.
+        Leaves of `jp.quantize_activations` carry their own.
       explain: print, whenever the function runs or is traced, how each compressed leaf was used.
 
     Returns:
@@ -264,5 +261,6 @@ def compressed(
       >>> y.shape, [choice.lowering for choice in run.choices]
       ((2, 32), ['two_planes'])
     """
-    _checks.choice("activations", activations, (None, "int8"))
-    return CompressedFunction(fn, activations, explain=explain)
+    _checks.choice("activations", activations, (None, "int8", "float8_e4m3fn"))
+    how = None if activations is None else DynamicInput(activations)
+    return CompressedFunction(fn, how, explain=explain)

@@ -1,146 +1,207 @@
-"""Ways to multiply rows of floats by a quantized matrix.
+"""Ways to multiply by a quantized array.
 
-Each takes `x` of shape (rows, k) and the matrix as `Codes`, and gives (rows, n) in float32. With one
-scale per column of the product the scale is applied to the result; with one per contracted index, to `x`.
+Each takes `x` of shape (batch…, rows, contracted…), the array and the layout of the product, and gives
+(batch…, rows, free…) in float32.
 """
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array
 
-from jaxprune.quantize import QuantizedArray
+from jaxprune.quantize import InputScale, QuantizedArray, largest_values
+from jaxprune.runtime._activations import (
+    STEPS,
+    How,
+    Planes,
+    in_planes,
+    row_scale,
+    rounded,
+    with_known_scale,
+)
+from jaxprune.runtime._layout import Layout
+from jaxprune.runtime._sweep import sweep
 
-_STEPS = 254.0  # steps of the second plane within one of the first
 _FEW = 2  # integer products of fewer rows run slower than of these
 
-
-class Codes(NamedTuple):
-    """A matrix in few bits, as a product reads it.
-
-    Attributes:
-      parts: integers or float8: (k, n) or, where `across`, (n, k); packed ones in several parts, whose
-        entries alternate along the last axis.
-      before: scale of each contracted index, (k,), or `None`.
-      after: scale of each result, (n,) or a scalar, or `None`.
-      zero: zero point of each result, (n,), or `None`.
-      across: the contracted axis is the last.
-      size: entries along the last axis, padding aside.
+def separated(w: QuantizedArray, layout: Layout) -> tuple[Array | None, Array | None] | str:
+    """Scales of the contracted indices and of the results, as stored, where the scales of the codes are
+    one or the other; else the reason why they do not factor out of the product.
     """
-
-    parts: list[Array]
-    before: Array | None
-    after: Array | None
-    zero: Array | None
-    across: bool
-    size: int
-
-
-def codes_of(array: QuantizedArray, *, across: bool) -> Codes | str:
-    """A quantized matrix as codes, or the reason why its scales do not factor out of the product."""
-    if array.spec.format == "nf4":
+    if w.spec.format == "nf4":
         return "nf4 codes are no numbers"
-    scale = array.scale.astype(jnp.float32)
-    zero = None if array.zero_point is None else array.zero_point.astype(jnp.float32)
-    if scale.shape[0] > 1:
-        return "scales differ within groups of the contracted axis"
-    if across and zero is not None:
-        return "zero points differ along the contracted axis"
-    along = scale.shape[1] > 1
-    return Codes(
-        array.level_parts(),
-        scale[0] if across and along else None,
-        None if across and along else scale[0],
-        None if zero is None else zero[0],
-        across,
-        array.length,
-    )
+    shape = w.scale.shape
+    if any(n not in (1, m) for n, m in zip(shape, w.shape, strict=True)):
+        return "scales differ within groups"
+    scale = w.scale.astype(jnp.float32)
+    if all(shape[i] == 1 for i in layout.contract):
+        return None, scale
+    if all(shape[i] == 1 for i in (*layout.free, *layout.batch)):
+        return scale, None
+    return "scales differ along contracted and other axes together"
 
 
-def _product(x: Array, parts: list[Array], across: bool, size: int, dtype: jnp.dtype) -> Array:
-    """`x` times the levels, accumulated in `dtype`."""
-    contract = (((1,), (1 if across else 0,)), ((), ()))
-    dot = lambda a, b: jax.lax.dot_general(a, b, contract, preferred_element_type=dtype)
-    if len(parts) == 1:
-        return dot(x, parts[0])
-    if across:
-        x = jnp.pad(x, ((0, 0), (0, -size % len(parts))))
-        found = [dot(x[:, i :: len(parts)], part) for i, part in enumerate(parts)]
-        return sum(found[1:], start=found[0])
-    found = [dot(x, part) for part in parts]
-    return jnp.stack(found, -1).reshape(len(x), -1)[:, :size]
-
-
-def _float_product(x: Array, parts: list[Array], across: bool, size: int) -> Array:
-    floats = [part.astype(jnp.float32) for part in parts]
-    return _product(x, floats, across, size, jnp.dtype(jnp.float32))
-
-
-def quantized_rows(x: Float[Array, "rows k"]) -> tuple[Int8[Array, "rows k"], Array]:
-    """Codes of each row and its scale, (rows, 1)."""
-    scale = jnp.max(jnp.abs(x), 1, keepdims=True) / 127.0
-    scale = jnp.where(scale == 0, 1.0, scale)
-    return jnp.round(x / scale).astype(jnp.int8), scale
-
-
-def _integer_product(x: Array, parts: list[Array], across: bool, size: int) -> Array:
-    padded = jnp.pad(x, ((0, max(_FEW - len(x), 0)), (0, 0)))
-    found = _product(padded, parts, across, size, jnp.dtype(jnp.int32))
-    return found[: len(x)].astype(jnp.float32)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _in_planes(x: Array, parts: list[Array], across: bool, size: int, planes: int) -> Array:
-    """`x` times the levels, `x` in one or two 8-bit planes; its derivative is that of the product."""
-    first, scale = quantized_rows(x)
-    if planes == 1:
-        return _integer_product(first, parts, across, size) * scale
-    rest = x / scale - first.astype(jnp.float32)
-    second = jnp.round(rest * _STEPS).astype(jnp.int8)
-    both = _integer_product(jnp.concatenate([first, second]), parts, across, size)
-    high, low = jnp.split(both, 2)
-    return (high + low / _STEPS) * scale
-
-
-@_in_planes.defjvp
-def _in_planes_jvp(
-    across: bool, size: int, planes: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[Array, Array]:
-    (x, parts), (x_dot, _) = primals, tangents
-    y = _in_planes(x, parts, across, size, planes)
-    return y, _float_product(x_dot, parts, across, size)
-
-
-def _scaled(y: Array, x: Float[Array, "rows k"], codes: Codes) -> Float[Array, "rows n"]:
-    if codes.zero is not None:
-        y = y - jnp.sum(x, 1, keepdims=True) * codes.zero
-    return y if codes.after is None else y * codes.after
-
-
-def _before(x: Array, codes: Codes) -> Float[Array, "rows k"]:
-    x = x.astype(jnp.float32)
-    return x if codes.before is None else x * codes.before
-
-
-def integer(x: Array, codes: Codes) -> Float[Array, "rows n"]:
-    """Activations in 8 bits, one scale per row, and an integer product."""
-    x = _before(x, codes)
-    y = _in_planes(x, codes.parts, codes.across, codes.size, 1)
-    if codes.zero is not None:  # the zero point multiplies the same rounded activations
-        plane, scale = quantized_rows(x)
-        x = x + jax.lax.stop_gradient(plane.astype(jnp.float32) * scale - x)
-    return _scaled(y, x, codes)
-
-
-def two_planes(x: Array, codes: Codes) -> Float[Array, "rows n"]:
+def two_planes(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
     """Activations as the sum of two 8-bit planes, 15 bits and a sign: two integer products in one."""
-    x = _before(x, codes)
-    return _scaled(_in_planes(x, codes.parts, codes.across, codes.size, 2), x, codes)
+    inner, _ = _factors(w, layout)
+    axes = _contracted(x, layout)
+    x = _times_inner(rounded(x, axes, how), inner, layout)
+    return _integer(in_planes(x, axes, 2), w, layout)
 
 
-def converted(x: Array, codes: Codes) -> Float[Array, "rows n"]:
-    """Codes converted to floats, and a float product."""
-    x = _before(x, codes)
-    return _scaled(_float_product(x, codes.parts, codes.across, codes.size), x, codes)
+def integer(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+    """Activations in 8 bits, by their known scale or one scale for each row, and an integer product."""
+    inner, _ = _factors(w, layout)
+    if isinstance(how, InputScale):
+        assert inner is None, "a known scale does not factor out"
+        return _integer(with_known_scale(x, how), w, layout)
+    axes = _contracted(x, layout)
+    return _integer(in_planes(_times_inner(x, inner, layout), axes, 1), w, layout)
+
+
+def _integer(planes: Planes, w: QuantizedArray, layout: Layout) -> Array:
+    _, outer = _factors(w, layout)
+    shape = planes.codes.shape[1:]
+    rows = len(layout.batch)
+    multiply = lambda a, part, _: layout.of(part.codes).dot(a, part.codes, jnp.int32)
+    codes = _padded(planes.codes, rows + 1)
+    y = _added(sweep(codes, w, None, layout, multiply), len(layout.batch), layout.rows)
+    if planes.zero is not None:
+        ones = jnp.ones((1, *shape[:rows], _FEW, *shape[rows + 1 :]), jnp.int8)
+        sums = _added(sweep(ones, w, None, layout, multiply), len(layout.batch), 1)
+        y = y - sums * planes.zero
+    if w.zero_point is not None:
+        y = y - _offset(_value(planes), w.zero_point.astype(jnp.float32), layout)
+    y = y * _over_free(planes.scale, layout)
+    return y if outer is None else y * _beside(outer, layout)
+
+
+def converted(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+    """Codes converted to floats, a float product, and scales applied to its result."""
+    inner, outer = _factors(w, layout)
+    x = rounded(x, _contracted(x, layout), how)
+    x = _times_inner(x, inner, layout)
+    kind = jnp.promote_types(w.dtype, jnp.bfloat16)
+    multiply = lambda a, part, _: layout.of(part.codes).dot(
+        a.astype(kind), part.codes.astype(kind), jnp.float32
+    )
+    y = sweep(x[None], w, None, layout, multiply, block=None, bits=False)
+    y = _added(y, len(layout.batch), layout.rows)
+    if w.zero_point is not None:
+        y = y - _offset(x, w.zero_point.astype(jnp.float32), layout)
+    return y if outer is None else y * _beside(outer, layout)
+
+
+def float8(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+    """Both operands in float8, for hardware that multiplies them."""
+    _, outer = _factors(w, layout)
+    axes = _contracted(x, layout)
+    scale = row_scale(x, axes, float(jnp.finfo(jnp.float8_e4m3fn).max))
+    codes = (x / scale).astype(jnp.float8_e4m3fn)
+    multiply = lambda a, part, _: layout.of(part.codes).dot(a, part.codes, jnp.float32)
+    y = sweep(codes[None], w, None, layout, multiply, block=None, bits=False)
+    y = _added(y, len(layout.batch), layout.rows) * _over_free(scale, layout)
+    return y if outer is None else y * _beside(outer, layout)
+
+
+def blocks(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+    """Block by block made dense, in a processor's cache, and a float product."""
+    x = rounded(x, _contracted(x, layout), how)
+    multiply = lambda a, part, _: layout.of(part.codes).dot(a, part.values(), jnp.float32)
+    return _added(sweep(x[None], w, None, layout, multiply), len(layout.batch), layout.rows)
+
+
+def block_planes(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+    """Block by block made dense and rounded to two 8-bit planes, and three integer products with the
+    activations in two: float precision of about 4 digits at the speed of integer products.
+    """
+    axes = _contracted(x, layout)
+    planes = in_planes(rounded(x, axes, how), axes, 2)
+    bound = largest_values(w, layout.contract)
+    bound = jnp.where(bound == 0, 1.0, bound)
+
+    def multiply(a: Array, part: Any, bound: Array) -> Array:
+        values = part.values() * (127.0 / bound)
+        first = jnp.round(values)
+        second = jnp.round((values - first) * STEPS).astype(jnp.int8)
+        inner = layout.of(part.codes)
+        high = inner.dot(a, first.astype(jnp.int8), jnp.int32).astype(jnp.float32)
+        low = inner.dot(a[:1], second, jnp.int32).astype(jnp.float32)
+        at = len(layout.batch)
+        take = lambda y, i: jax.lax.slice_in_dim(y, i, i + 1, axis=at)
+        return take(high, 0) + (take(high, 1) + low) / STEPS
+
+    y = _added(sweep(planes.codes, w, bound, layout, multiply), len(layout.batch), layout.rows)
+    return y * _over_free(planes.scale, layout) * _beside(bound / 127.0, layout)
+
+
+def dense(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+    """The whole array made dense: what the other ways compute, and what their derivatives are."""
+    x = rounded(x, _contracted(x, layout), how)
+    y = layout.dot(x[None], w.materialize().astype(jnp.float32), jnp.float32)
+    return _added(y, len(layout.batch), layout.rows)
+
+
+def _factors(w: QuantizedArray, layout: Layout) -> tuple[Array | None, Array | None]:
+    found = separated(w, layout)
+    assert not isinstance(found, str), found
+    return found
+
+
+def _contracted(x: Array, layout: Layout) -> tuple[int, ...]:
+    return tuple(range(x.ndim - len(layout.contract), x.ndim))
+
+
+def _beside(scale: Array, layout: Layout) -> Array:
+    """A scale of some free and batch axes, as stored, beside (batch…, rows, free…)."""
+    kept = (*layout.batch, *layout.free)
+    scale = jnp.transpose(scale, (*kept, *layout.contract))
+    return jnp.expand_dims(scale.reshape(scale.shape[: len(kept)]), len(layout.batch))
+
+
+def _over_free(scale: Array, layout: Layout) -> Array:
+    """A scale of each row, (batch…, rows, 1…), or of all, beside (batch…, rows, free…)."""
+    if scale.ndim == 0:
+        return scale
+    return scale.reshape(*scale.shape[: len(layout.batch) + 1], *(1 for _ in layout.free))
+
+
+def _times_inner(x: Array, scale: Array | None, layout: Layout) -> Array:
+    """`x` times a scale of some contracted axes, as stored."""
+    if scale is None:
+        return x
+    kept = len(layout.batch) + len(layout.free)
+    scale = jnp.transpose(scale, (*layout.batch, *layout.free, *layout.contract))
+    return x * scale.reshape(scale.shape[kept:])
+
+
+def _offset(x: Array, zero: Array, layout: Layout) -> Array:
+    """What zero points of contracted or of other axes add to each result."""
+    axes = _contracted(x, layout)
+    if all(zero.shape[i] == 1 for i in layout.contract):
+        return _over_free(jnp.sum(x, axes, keepdims=True), layout) * _beside(zero, layout)
+    return _over_free(jnp.sum(_times_inner(x, zero, layout), axes, keepdims=True), layout)
+
+
+def _value(planes: Planes) -> Array:
+    """Activations in units of their scale."""
+    codes = planes.codes.astype(jnp.float32)
+    found = codes[0] if len(codes) == 1 else codes[0] + codes[1] / STEPS
+    return found if planes.zero is None else found - planes.zero
+
+
+def _padded(codes: Array, axis: int) -> Array:
+    """At least two rows in all."""
+    missing = max(-(-_FEW // len(codes)) - codes.shape[axis], 0)
+    return jnp.pad(codes, [(0, missing if i == axis else 0) for i in range(codes.ndim)])
+
+
+def _added(y: Array, n_batch: int, rows: int) -> Array:
+    """Planes added, and padding cut: (batch…, planes, rows, free…) to (batch…, rows, free…)."""
+    y = jax.lax.slice_in_dim(y, 0, rows, axis=n_batch + 1)
+    planes = [
+        jax.lax.index_in_dim(y, i, n_batch, keepdims=False).astype(jnp.float32)
+        for i in range(y.shape[n_batch])
+    ]
+    return planes[0] if len(planes) == 1 else planes[0] + planes[1] / STEPS

@@ -65,8 +65,7 @@ def test_products(kind, layout, rows):
         found = run(tree, row[None]).reshape(-1)  # every row keeps its own precision
         assert error(wanted, found) < 2e-4
     (choice,) = {c.lowering for c in run.choices}
-    dense = kind in ("nf4", "float8") or (layout == "n,k" and "asymmetric" in kind)
-    assert choice == ("dense" if dense else "two_planes")
+    assert choice == ("blocks" if kind in ("nf4", "float8") else "two_planes")
 
 
 def test_zero_huge_and_tiny_activations():

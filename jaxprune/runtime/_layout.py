@@ -1,0 +1,104 @@
+"""Which axes of a compressed array a product sums over, and the other operand in a standard order.
+
+A product is computed as `dot_general(x, w)` with `w` as it is stored and `x` of shape
+(planes, batch…, rows, contracted…): rows are all free axes of `x` in one. Its result is
+(batch…, planes, rows, free…), free axes of `w` as they are stored.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.graph import Held, Operation
+
+
+class Layout(NamedTuple):
+    """A product with a compressed array.
+
+    Attributes:
+      shape: the array's, as it is stored.
+      batch, contract, free: its axes, as they are stored; `free` ascends.
+      sizes: of the free axes of the other operand.
+    """
+
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    contract: tuple[int, ...]
+    free: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the other operand, for each entry of the batch axes."""
+        return int(np.prod(self.sizes))
+
+    @property
+    def depth(self) -> int:
+        """Products in each sum."""
+        return int(np.prod([self.shape[i] for i in self.contract]))
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Shape of the free axes."""
+        return tuple(self.shape[i] for i in self.free)
+
+    def of(self, codes: jax.Array) -> "Layout":
+        """The same product with an array of another size."""
+        return self._replace(shape=tuple(codes.shape))
+
+    def x_axis(self, axis: int) -> int:
+        """Where a contracted or batch axis of the array lies in `x`, its planes counted."""
+        if axis in self.batch:
+            return 1 + self.batch.index(axis)
+        return 2 + len(self.batch) + self.contract.index(axis)
+
+    def out_axis(self, axis: int) -> int:
+        """Where a free or batch axis lies in the result."""
+        if axis in self.batch:
+            return self.batch.index(axis)
+        return len(self.batch) + 2 + self.free.index(axis)
+
+    def dot(self, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+        """The product of standard `x` with `w` as it is stored, accumulated in `dtype`."""
+        batch, contract = range(1, 1 + len(self.batch)), range(2 + len(self.batch), x.ndim)
+        dims = ((tuple(contract), self.contract), (tuple(batch), self.batch))
+        return jax.lax.dot_general(x, w, dims, preferred_element_type=dtype)
+
+
+def layout_of(operation: Operation, held: Held, x: Any, side: int) -> Layout:
+    """How a `dot_general` with `held` on `side` (0 or 1) reads it."""
+    contract, batch = operation.params["dimension_numbers"]
+    rank = len(held.order)
+    stored = lambda axes: tuple(held.order[i] + rank for i in axes)
+    used = (*contract[side], *batch[side])
+    free = sorted(stored(i for i in range(rank) if i not in used))
+    other = (*contract[1 - side], *batch[1 - side])
+    sizes = tuple(n for i, n in enumerate(np.shape(x)) if i not in other)
+    return Layout(
+        tuple(held.array.shape), stored(batch[side]), stored(contract[side]), tuple(free), sizes
+    )
+
+
+def standard(operation: Operation, x: jax.Array, side: int, layout: Layout) -> jax.Array:
+    """`x` as (batch…, rows, contracted…)."""
+    contract, batch = (axes[1 - side] for axes in operation.params["dimension_numbers"])
+    free = [i for i in range(x.ndim) if i not in (*contract, *batch)]
+    x = jnp.transpose(x, (*batch, *free, *contract))
+    lead, tail = x.shape[: len(batch)], x.shape[x.ndim - len(contract) :]
+    return x.reshape(*lead, layout.rows, *tail)
+
+
+def restored(y: jax.Array, held: Held, side: int, layout: Layout) -> jax.Array:
+    """A result (batch…, rows, free…) with its axes as the program expects them."""
+    n_batch, rank = len(layout.batch), len(held.order)
+    lead = y.shape[:n_batch]
+    y = y.reshape(*lead, *layout.sizes, *layout.columns)
+    n_x = len(layout.sizes)
+    # free axes in the order in which the program reads them
+    read = [axis + rank for axis in held.order if axis + rank in layout.free]
+    mine = [n_batch + n_x + layout.free.index(axis) for axis in read]
+    theirs = list(range(n_batch, n_batch + n_x))
+    after = [*mine, *theirs] if side == 0 else [*theirs, *mine]
+    return jnp.transpose(y, (*range(n_batch), *after))
