@@ -27,6 +27,8 @@ KINDS = {
     "int8 asymmetric": ({"bits": 8, "symmetric": False}, None),
     "float8_e4m3fn": ({"dtype": "float8_e4m3fn"}, None),
     "nf4": ({"dtype": "nf4"}, None),
+    "int8, groups of 128": ({"bits": 8, "group_size": 128}, None),
+    "nf4, groups of 64": ({"dtype": "nf4", "group_size": 64}, None),
     "int4, groups of 128": ({"bits": 4, "group_size": 128}, None),
 }
 

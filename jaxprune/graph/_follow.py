@@ -19,7 +19,14 @@ from jaxprune.graph._evaluate import run_operation
 from jaxprune.graph._nested import NestedRun, nested_run
 from jaxprune.graph._program import Operation, Program, open_program
 
-_COPIES = ("optimization_barrier", "copy", "copy_p", "name", "sharding_constraint", "reduce_precision")
+_COPIES = (
+    "optimization_barrier",
+    "copy",
+    "copy_p",
+    "name",
+    "sharding_constraint",
+    "reduce_precision",
+)
 
 
 @partial(
@@ -64,7 +71,11 @@ class Held:
     def materialize(self) -> jax.Array:
         """The dense array as it is read."""
         dense = _trees.dense(self.array)
-        return dense if self.is_straight else jnp.transpose(dense, [i % dense.ndim for i in self.order])
+        return (
+            dense
+            if self.is_straight
+            else jnp.transpose(dense, [i % dense.ndim for i in self.order])
+        )
 
 
 class Use(NamedTuple):
@@ -125,9 +136,7 @@ class Follower:
             for path, found in notes.items()
         }
 
-    def _run(
-        self, program: Program, inputs: list[Any], notes: dict[str, list[Any]]
-    ) -> list[Any]:
+    def _run(self, program: Program, inputs: list[Any], notes: dict[str, list[Any]]) -> list[Any]:
         values = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
         for operation in program.operations:
             operands = [values[i] for i in operation.ins]
@@ -298,7 +307,5 @@ def unstacked(held: Held) -> Held | None:
     rank, length = len(held.order), held.shape[0] if held.order else 0
     if rank < 2 or held.order[0] != -rank or any(np.shape(x)[:1] != (length,) for x in parts):
         return None
-    notes = jax.tree.map(
-        lambda x: x if jnp.ndim(x) else jnp.broadcast_to(x, (length,)), held.note
-    )
+    notes = jax.tree.map(lambda x: x if jnp.ndim(x) else jnp.broadcast_to(x, (length,)), held.note)
     return replace(held, order=held.order[1:], note=notes)

@@ -3,8 +3,10 @@
 from jaxprune.quantize._array import (
     Levels,
     QuantizedArray,
+    by_place,
+    joined_levels,
     largest_values,
-    parts_of,
+    levels_by_place,
     strided,
 )
 from jaxprune.quantize._fake import fake_quantize, fake_quantize_tree

@@ -134,12 +134,11 @@ class QuantizedArray:
                 f"reshape: {self.shape} to {wanted} would part codes of one scale or byte; "
                 "use materialize().reshape(...)"
             )
-        change = lambda y: None if y is None else scales(y)
         last = self.values.shape[-1] if packed else wanted[-1]
         return QuantizedArray(
             self.values.reshape(*wanted[:-1], last),
-            change(self.scale),
-            change(self.zero_point),
+            scales(self.scale),
+            None if self.zero_point is None else scales(self.zero_point),
             self.spec,
             wanted[-1],
             self.dtype,
@@ -193,18 +192,33 @@ class Levels(NamedTuple):
         return from_levels(self.codes, self.scale, self.zero_point, self.spec, jnp.dtype("float32"))
 
 
-def parts_of(x: QuantizedArray) -> list[Levels]:
-    """The entries of each place in the bytes: entry `i` of part `j` is entry `i * len(parts) + j` along
+def levels_by_place(x: QuantizedArray) -> list[Levels]:
+    """The codes of each place in the bytes: entry `i` of place `j` is entry `i * len(places) + j` along
     the last axis of `x`, whose end may be padding. Cheaper than codes in order.
     """
-    if x.spec.width == 8:
+    per = 8 // x.spec.width
+    if per == 1:
         return [Levels(x.values, x.scale, x.zero_point, x.spec)]
     found = []
     for i, codes in enumerate(fields(x.values, x.spec.width)):
         codes = codes & 15 if x.spec.format == "nf4" else codes
-        own = lambda y, i=i: None if y is None else strided(y, i, 8 // x.spec.width, x.length)
+        own = lambda y, i=i: None if y is None else strided(y, i, per, x.length)
         found.append(Levels(codes, own(x.scale), own(x.zero_point), x.spec))
     return found
+
+
+def joined_levels(x: QuantizedArray) -> Levels:
+    """All codes, unpacked, in the order of `by_place` along the last axis, and padding."""
+    parts = levels_by_place(x)
+    if len(parts) == 1:
+        return parts[0]
+    join = lambda ys: (
+        ys[0] if ys[0] is None or ys[0].shape[-1] == 1 != x.length else jnp.concatenate(ys, -1)
+    )
+    codes, scales, zeros = (
+        [getattr(p, f) for p in parts] for f in ("codes", "scale", "zero_point")
+    )
+    return Levels(jnp.concatenate(codes, -1), join(scales), join(zeros), x.spec)
 
 
 def strided(x: Array, start: int, step: int, n: int) -> Array:
@@ -213,6 +227,19 @@ def strided(x: Array, start: int, step: int, n: int) -> Array:
         return x
     found = x[..., start::step]
     return jnp.pad(found, [(0, 0)] * (x.ndim - 1) + [(0, -(-n // step) - found.shape[-1])])
+
+
+def by_place(x: Array, per: int, axis: int) -> Array:
+    """An axis in the order of the places in bytes: entries 0, per, 2 per, …, then 1, 1 + per, …; zeros
+    fill the last byte.
+    """
+    if per == 1:
+        return x
+    axis %= x.ndim
+    pads = [(0, -n % per if i == axis else 0) for i, n in enumerate(x.shape)]
+    x = jnp.pad(x, pads)
+    n = x.shape[axis]
+    return jnp.concatenate([jax.lax.slice_in_dim(x, i, n, per, axis) for i in range(per)], axis)
 
 
 def quantize(path: str, x: Float[Array, "..."], spec: Spec) -> tuple[QuantizedArray, Array]:

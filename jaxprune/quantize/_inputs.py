@@ -47,7 +47,9 @@ class InputScale:
     def rounded(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """`x` on the grid. Its gradient is that of a clip; that of the scale, see `training`."""
         low, high = self.range
-        zero = jnp.zeros((), x.dtype) if self.zero_point is None else self.zero_point.astype(x.dtype)
+        zero = (
+            jnp.zeros((), x.dtype) if self.zero_point is None else self.zero_point.astype(x.dtype)
+        )
         scale = self.scale.astype(x.dtype)
         if self.training == "fixed":
             scale = jax.lax.stop_gradient(scale)

@@ -157,7 +157,9 @@ def _nf4_values(index: Int8[Array, "..."]) -> Float[Array, "..."]:
     table: list[Any] = [jnp.float32(level) for level in NF4_LEVELS]
     for bit in range(4):
         is_set = (index & (1 << bit)) != 0
-        table = [jnp.where(is_set, odd, even) for even, odd in zip(table[::2], table[1::2], strict=True)]
+        table = [
+            jnp.where(is_set, odd, even) for even, odd in zip(table[::2], table[1::2], strict=True)
+        ]
     return table[0]
 
 

@@ -8,19 +8,20 @@ from jaxtyping import Array, Float
 
 from jaxprune.quantize import DynamicInput, InputScale
 
+_TOGETHER = 512
 STEPS = 254.0  # steps of the second plane within one of the first
 
 
 class Planes(NamedTuple):
-    """Activations as `(codes[0] + codes[1] / STEPS - zero) * scale`.
+    """Activations as `(first plane + second plane / STEPS - zero) * scale`.
 
     Attributes:
-      codes: int8, (one or two planes, batch…, rows, contracted…).
+      codes: int8 arrays of one or more planes each, (planes, batch…, rows, contracted…).
       scale: (batch…, rows, 1…), or a scalar.
       zero: a scalar, or `None`.
     """
 
-    codes: Array
+    codes: list[Array]
     scale: Array
     zero: Array | None
 
@@ -36,15 +37,18 @@ def in_planes(x: Float[Array, "..."], axes: tuple[int, ...], count: int) -> Plan
     scale = row_scale(x, axes, 127.0)
     ratio = x / scale
     first = jnp.round(ratio)
-    codes = [first]
+    codes = [first[None]]
     if count == 2:
-        codes.append(jnp.round((ratio - first) * STEPS))
-    return Planes(jnp.stack(codes).astype(jnp.int8), scale, None)
+        codes.append(jnp.round((ratio - first) * STEPS)[None])
+    codes = [plane.astype(jnp.int8) for plane in codes]
+    rows = x.shape[axes[0] - 1] if axes else 1
+    # few rows multiply faster together; putting many together costs more than it saves
+    return Planes([jnp.concatenate(codes)] if rows < _TOGETHER else codes, scale, None)
 
 
 def with_known_scale(x: Float[Array, "..."], known: InputScale) -> Planes:
     """Activations in one plane, by a scale known beforehand."""
-    return Planes(known.codes(x)[None], known.scale, known.code_of_zero)
+    return Planes([known.codes(x)[None]], known.scale, known.code_of_zero)
 
 
 How = InputScale | DynamicInput | None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._types import CompressedArray
@@ -24,6 +25,9 @@ from jaxprune.runtime._layout import Layout
 
 _INTEGER = ("int8", "int4", "int2")
 _LONGEST = (2**31 - 1) // (127 * 128)  # products of 8-bit integers that 32 bits hold
+_LARGE = 2**18  # entries of an operand worth keeping from being computed again
+_A_NAN = 0x7FC12345
+_GROUP = 64  # a loop over smaller groups costs more than it saves
 
 Thresholds = dict[str, list[tuple[int, str]]]
 """Per kind of codes: up to so many rows, such a lowering; the last has no bound (-1)."""
@@ -32,11 +36,13 @@ DEFAULTS: dict[str, Thresholds] = {
     "cpu": {
         "integers": [(-1, "two_planes")],
         "packed integers": [(-1, "two_planes")],
+        "groups of integers": [(8, "groups"), (32, "blocks"), (-1, "block_planes")],
         "other codes": [(32, "blocks"), (-1, "block_planes")],
     },
     "other": {
         "integers": [(-1, "converted")],
         "packed integers": [(-1, "converted")],
+        "groups of integers": [(-1, "dense")],
         "other codes": [(-1, "dense")],
     },
 }
@@ -44,6 +50,7 @@ DEFAULTS: dict[str, Thresholds] = {
 _WHY = {
     "two_planes": "integer products are fastest, the activations in two 8-bit planes",
     "converted": "the compiler fuses the conversion into the product",
+    "groups": "few rows: integer products group by group",
     "blocks": "made dense block by block in the cache, and a float product",
     "block_planes": "many rows: made dense block by block, and integer products of 8-bit planes",
     "dense": "the compiler fuses what makes it dense into the product",
@@ -57,7 +64,7 @@ class Choice(NamedTuple):
       path: path of the leaf.
       primitive: the operation.
       shapes: shapes of its operands.
-      lowering: `"two_planes"`, `"integer"`, `"converted"`, `"float8"`, `"blocks"`, `"block_planes"`, `"rows"` (a
+      lowering: `"two_planes"`, `"integer"`, `"converted"`, `"float8"`, `"groups"`, `"blocks"`, `"block_planes"`, `"rows"` (a
         look-up of compressed rows), `"rounded"` (a dense weight with quantized activations), or
         `"dense"`: the leaf is made dense first.
       why: the reason.
@@ -89,7 +96,9 @@ def thresholds(backend: str) -> Thresholds:
     base = DEFAULTS["cpu" if backend == "cpu" else "other"]
     try:
         found = json.loads(tuning_file().read_text())[backend]
-        measured = {k: [(int(n), str(name)) for n, name in v] for k, v in found.items() if k in base}
+        measured = {
+            k: [(int(n), str(name)) for n, name in v] for k, v in found.items() if k in base
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return base
     known = all(name in _WHY for rules in measured.values() for _, name in rules)
@@ -100,7 +109,9 @@ def kind_of(w: QuantizedArray, layout: Layout) -> tuple[str, str]:
     """The kind of codes, as thresholds name it, and what keeps them from being integers in a product."""
     separated = _lowerings.separated(w, layout)
     if isinstance(separated, str):
-        return "other codes", separated
+        along = w.ndim == 2 and layout.contract == (0,) and w.spec.format in _INTEGER
+        worth = along and w.shape[0] // w.scale.shape[0] >= _GROUP
+        return ("groups of integers" if worth else "other codes"), separated
     if w.spec.format not in _INTEGER:
         return "other codes", f"{w.spec.format} codes are no integers"
     if layout.depth > _LONGEST:
@@ -112,21 +123,24 @@ def lowering_for(w: QuantizedArray, how: How, layout: Layout) -> tuple[str, str]
     """A lowering's name and the reason."""
     backend = jax.default_backend()
     kind, reason = kind_of(w, layout)
-    if kind != "other codes" and isinstance(how, DynamicInput) and how.dtype == "int8":
+    integers = kind in ("integers", "packed integers")
+    if integers and isinstance(how, DynamicInput) and how.dtype == "int8":
         return "integer", "8-bit activations, one scale per row"
-    if kind != "other codes" and isinstance(how, InputScale):
+    if integers and isinstance(how, InputScale):
         inner, _ = _lowerings.separated(w, layout)
         if inner is None:
             return "integer", "activations by their calibrated scale"
         return "two_planes", "calibrated activations, times scales of the contracted indices"
     both = w.spec.format == "float8_e4m3fn" and how == DynamicInput("float8_e4m3fn")
-    if both and backend != "cpu" and not isinstance(_lowerings.separated(w, layout), str):
+    factors = _lowerings.separated(w, layout)
+    if both and backend != "cpu" and not isinstance(factors, str) and factors[0] is None:
         return "float8", "both operands in float8, one scale per row"
     rules = thresholds(backend)[kind]
     name = next(name for most, name in rules if layout.rows <= most or most < 0)
     if name == "block_planes" and layout.depth > _LONGEST:
         name = "blocks"
-    if name == "dense" and layout.batch == () and not isinstance(_lowerings.separated(w, layout), str):
+    numbers = w.spec.format != "nf4" and not isinstance(_lowerings.separated(w, layout), str)
+    if name == "dense" and numbers:
         name = "converted"
     return name, f"{reason}: {_WHY[name]}" if reason else _WHY[name]
 
@@ -144,13 +158,12 @@ def run(name: str, x: Any, w: QuantizedArray, layout: Layout, how: How) -> jax.A
 
     @jax.custom_jvp
     def product(x: jax.Array, w: QuantizedArray, how: How) -> jax.Array:
-        return getattr(_lowerings, name)(x, w, layout, how)
+        return getattr(_lowerings, name)(_settled(x), w, layout, how)
 
     def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
         y = product(*primals)
         moved = [
-            not isinstance(t, jax.custom_derivatives.SymbolicZero)
-            and t.dtype != jax.dtypes.float0
+            not isinstance(t, jax.custom_derivatives.SymbolicZero) and t.dtype != jax.dtypes.float0
             for t in jax.tree.leaves(tangents, is_leaf=_is_zero)
         ]
         leaves, tree = jax.tree.flatten(primals)
@@ -165,12 +178,27 @@ def run(name: str, x: Any, w: QuantizedArray, layout: Layout, how: How) -> jax.A
             return _lowerings.dense(x, w, layout, how)
 
         if not at:
-            return y, jax.numpy.zeros_like(y)
+            return y, jnp.zeros_like(y)
         _, tangent = jax.jvp(reference, [leaves[i] for i in at], [directions[i] for i in at])
         return y, tangent
 
     product.defjvp(derivative, symbolic_zeros=True)
     return product(x, w, how)
+
+
+def _settled(x: jax.Array) -> jax.Array:
+    """`x`, computed before it is used, as before a dense product.
+
+    Quantization reads its operand several times, and the compiler for CPU fuses what leads to it (a GELU,
+    say) into every reader, computing it as often. It drops optimization barriers early; it cannot look
+    through a loop, even one that never runs.
+    """
+    if jax.default_backend() != "cpu" or x.size < _LARGE:
+        return x
+    first = jax.lax.bitcast_convert_type(x.reshape(-1)[0], jnp.uint32)
+    never = (first == _A_NAN).astype(jnp.int32)  # no computation makes this very NaN
+    turn = lambda carry: (carry[0] + 1, carry[1] + 0.0)
+    return jax.lax.while_loop(lambda carry: carry[0] < never, turn, (jnp.int32(0), x))[1]
 
 
 def _is_zero(x: Any) -> bool:

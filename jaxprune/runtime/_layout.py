@@ -63,6 +63,11 @@ class Layout(NamedTuple):
     def dot(self, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
         """The product of standard `x` with `w` as it is stored, accumulated in `dtype`."""
         batch, contract = range(1, 1 + len(self.batch)), range(2 + len(self.batch), x.ndim)
+        if not self.batch:  # two plain matrices suit compilers best
+            flat = x.reshape(-1, *x.shape[2:])
+            dims = ((tuple(range(1, flat.ndim)), self.contract), ((), ()))
+            y = jax.lax.dot_general(flat, w, dims, preferred_element_type=dtype)
+            return y.reshape(*x.shape[:2], *y.shape[1:])
         dims = ((tuple(contract), self.contract), (tuple(batch), self.batch))
         return jax.lax.dot_general(x, w, dims, preferred_element_type=dtype)
 

@@ -4,20 +4,18 @@ Each takes `x` of shape (batch…, rows, contracted…), the array and the layou
 (batch…, rows, free…) in float32.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxprune.quantize import InputScale, QuantizedArray, largest_values
+from jaxprune.quantize import InputScale, Levels, QuantizedArray, largest_values
 from jaxprune.runtime._activations import (
     STEPS,
     How,
     Planes,
     in_planes,
-    row_scale,
     rounded,
+    row_scale,
     with_known_scale,
 )
 from jaxprune.runtime._layout import Layout
@@ -25,12 +23,11 @@ from jaxprune.runtime._sweep import sweep
 
 _FEW = 2  # integer products of fewer rows run slower than of these
 
+
 def separated(w: QuantizedArray, layout: Layout) -> tuple[Array | None, Array | None] | str:
     """Scales of the contracted indices and of the results, as stored, where the scales of the codes are
     one or the other; else the reason why they do not factor out of the product.
     """
-    if w.spec.format == "nf4":
-        return "nf4 codes are no numbers"
     shape = w.scale.shape
     if any(n not in (1, m) for n, m in zip(shape, w.shape, strict=True)):
         return "scales differ within groups"
@@ -62,14 +59,14 @@ def integer(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
 
 def _integer(planes: Planes, w: QuantizedArray, layout: Layout) -> Array:
     _, outer = _factors(w, layout)
-    shape = planes.codes.shape[1:]
+    shape = planes.codes[0].shape[1:]
     rows = len(layout.batch)
-    multiply = lambda a, part, _: layout.of(part.codes).dot(a, part.codes, jnp.int32)
-    codes = _padded(planes.codes, rows + 1)
+    multiply = lambda xs, part, _: [layout.of(part.codes).dot(x, part.codes, jnp.int32) for x in xs]
+    codes = [_padded(x, rows + 1) for x in planes.codes]
     y = _added(sweep(codes, w, None, layout, multiply), len(layout.batch), layout.rows)
     if planes.zero is not None:
         ones = jnp.ones((1, *shape[:rows], _FEW, *shape[rows + 1 :]), jnp.int8)
-        sums = _added(sweep(ones, w, None, layout, multiply), len(layout.batch), 1)
+        sums = _added(sweep([ones], w, None, layout, multiply), len(layout.batch), 1)
         y = y - sums * planes.zero
     if w.zero_point is not None:
         y = y - _offset(_value(planes), w.zero_point.astype(jnp.float32), layout)
@@ -83,10 +80,10 @@ def converted(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
     x = rounded(x, _contracted(x, layout), how)
     x = _times_inner(x, inner, layout)
     kind = jnp.promote_types(w.dtype, jnp.bfloat16)
-    multiply = lambda a, part, _: layout.of(part.codes).dot(
-        a.astype(kind), part.codes.astype(kind), jnp.float32
-    )
-    y = sweep(x[None], w, None, layout, multiply, block=None, bits=False)
+    multiply = lambda xs, part, _: [
+        layout.of(part.codes).dot(x.astype(kind), part.codes.astype(kind), jnp.float32) for x in xs
+    ]
+    y = sweep([x[None]], w, None, layout, multiply, block=None, bits=False)
     y = _added(y, len(layout.batch), layout.rows)
     if w.zero_point is not None:
         y = y - _offset(x, w.zero_point.astype(jnp.float32), layout)
@@ -99,17 +96,49 @@ def float8(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
     axes = _contracted(x, layout)
     scale = row_scale(x, axes, float(jnp.finfo(jnp.float8_e4m3fn).max))
     codes = (x / scale).astype(jnp.float8_e4m3fn)
-    multiply = lambda a, part, _: layout.of(part.codes).dot(a, part.codes, jnp.float32)
-    y = sweep(codes[None], w, None, layout, multiply, block=None, bits=False)
+    multiply = lambda xs, part, _: [
+        layout.of(part.codes).dot(x, part.codes, jnp.float32) for x in xs
+    ]
+    y = sweep([codes[None]], w, None, layout, multiply, block=None, bits=False)
     y = _added(y, len(layout.batch), layout.rows) * _over_free(scale, layout)
     return y if outer is None else y * _beside(outer, layout)
+
+
+def groups(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+    """Integer products group by group of one scale, activations in two planes, added as floats."""
+    axes = _contracted(x, layout)
+    planes = in_planes(rounded(x, axes, how), axes, 2)
+
+    def product(x: Array, part: Levels) -> Array:
+        y = layout.of(part.codes).dot(x, part.codes, jnp.int32).astype(jnp.float32)
+        if part.zero_point is not None:
+            sums = jnp.sum(x.astype(jnp.float32), -1, keepdims=True)
+            y = y - sums * part.zero_point.astype(jnp.float32)
+        return y * part.scale.astype(jnp.float32)
+
+    multiply = lambda xs, part, _: [product(x, part) for x in xs]
+    codes = [_padded(x, 1) for x in planes.codes]
+    y = sweep(codes, w, None, layout, multiply, block=w.size // w.scale.shape[0])
+    return _added(y, 0, layout.rows) * _over_free(planes.scale, layout)
 
 
 def blocks(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
     """Block by block made dense, in a processor's cache, and a float product."""
     x = rounded(x, _contracted(x, layout), how)
-    multiply = lambda a, part, _: layout.of(part.codes).dot(a, part.values(), jnp.float32)
-    return _added(sweep(x[None], w, None, layout, multiply), len(layout.batch), layout.rows)
+    factors = separated(w, layout)
+    if isinstance(factors, str) or w.zero_point is not None:
+        multiply = lambda xs, part, _: [
+            layout.of(part.codes).dot(x, part.values(), jnp.float32) for x in xs
+        ]
+        return _added(sweep([x[None]], w, None, layout, multiply), len(layout.batch), layout.rows)
+    inner, outer = factors
+    one = jnp.ones((1,) * w.ndim, jnp.float32)
+    multiply = lambda xs, part, _: [
+        layout.of(part.codes).dot(x, part._replace(scale=one).values(), jnp.float32) for x in xs
+    ]
+    x = _times_inner(x, inner, layout)
+    y = _added(sweep([x[None]], w, None, layout, multiply), len(layout.batch), layout.rows)
+    return y if outer is None else y * _beside(outer, layout)
 
 
 def block_planes(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
@@ -121,16 +150,14 @@ def block_planes(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array
     bound = largest_values(w, layout.contract)
     bound = jnp.where(bound == 0, 1.0, bound)
 
-    def multiply(a: Array, part: Any, bound: Array) -> Array:
+    def multiply(xs: list[Array], part: Levels, bound: Array) -> list[Array]:
         values = part.values() * (127.0 / bound)
         first = jnp.round(values)
         second = jnp.round((values - first) * STEPS).astype(jnp.int8)
-        inner = layout.of(part.codes)
-        high = inner.dot(a, first.astype(jnp.int8), jnp.int32).astype(jnp.float32)
-        low = inner.dot(a[:1], second, jnp.int32).astype(jnp.float32)
-        at = len(layout.batch)
-        take = lambda y, i: jax.lax.slice_in_dim(y, i, i + 1, axis=at)
-        return take(high, 0) + (take(high, 1) + low) / STEPS
+        inner, at = layout.of(part.codes), len(layout.batch)
+        high = [inner.dot(x, first.astype(jnp.int8), jnp.int32) for x in xs]
+        low = inner.dot(xs[0][:1], second, jnp.int32).astype(jnp.float32)
+        return [_sum_of_planes(high, at, low)]
 
     y = _added(sweep(planes.codes, w, bound, layout, multiply), len(layout.batch), layout.rows)
     return y * _over_free(planes.scale, layout) * _beside(bound / 127.0, layout)
@@ -140,7 +167,7 @@ def dense(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
     """The whole array made dense: what the other ways compute, and what their derivatives are."""
     x = rounded(x, _contracted(x, layout), how)
     y = layout.dot(x[None], w.materialize().astype(jnp.float32), jnp.float32)
-    return _added(y, len(layout.batch), layout.rows)
+    return _added([y], len(layout.batch), layout.rows)
 
 
 def _factors(w: QuantizedArray, layout: Layout) -> tuple[Array | None, Array | None]:
@@ -186,8 +213,7 @@ def _offset(x: Array, zero: Array, layout: Layout) -> Array:
 
 def _value(planes: Planes) -> Array:
     """Activations in units of their scale."""
-    codes = planes.codes.astype(jnp.float32)
-    found = codes[0] if len(codes) == 1 else codes[0] + codes[1] / STEPS
+    found = _sum_of_planes(planes.codes, 0)[0]
     return found if planes.zero is None else found - planes.zero
 
 
@@ -197,11 +223,18 @@ def _padded(codes: Array, axis: int) -> Array:
     return jnp.pad(codes, [(0, missing if i == axis else 0) for i in range(codes.ndim)])
 
 
-def _added(y: Array, n_batch: int, rows: int) -> Array:
-    """Planes added, and padding cut: (batch…, planes, rows, free…) to (batch…, rows, free…)."""
-    y = jax.lax.slice_in_dim(y, 0, rows, axis=n_batch + 1)
+def _sum_of_planes(ys: list[Array], axis: int, more: Array | None = None) -> Array:
+    """The first plane, and the second (and `more`) in its smaller unit; the axis of planes stays."""
     planes = [
-        jax.lax.index_in_dim(y, i, n_batch, keepdims=False).astype(jnp.float32)
-        for i in range(y.shape[n_batch])
+        jax.lax.slice_in_dim(y, i, i + 1, axis=axis).astype(jnp.float32)
+        for y in ys
+        for i in range(y.shape[axis])
     ]
-    return planes[0] if len(planes) == 1 else planes[0] + planes[1] / STEPS
+    rest = [*planes[1:], *([] if more is None else [more])]
+    return planes[0] + sum(rest[1:], start=rest[0]) / STEPS if rest else planes[0]
+
+
+def _added(ys: list[Array], n_batch: int, rows: int) -> Array:
+    """Planes added, and padding cut: (batch…, planes, rows, free…) to (batch…, rows, free…)."""
+    ys = [jax.lax.slice_in_dim(y, 0, rows, axis=n_batch + 1) for y in ys]
+    return jax.lax.squeeze(_sum_of_planes(ys, n_batch), (n_batch,))

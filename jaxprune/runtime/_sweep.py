@@ -1,8 +1,8 @@
 """A product block by block over the leading axis of a compressed array.
 
 Codes become numbers one block at a time, in a loop, so that the numbers stay in a processor's cache and
-the dense array never exists. Codes that lie several in a byte along the last axis become several parts,
-each a strided slice of that axis, and are not put in order.
+the dense array never exists. Codes that lie several in a byte along the last axis are read place by
+place: what they multiply is put in that order, or the results of each place are joined.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxprune.quantize import Levels, QuantizedArray, leading_block, parts_of, strided
+from jaxprune.quantize import (
+    Levels,
+    QuantizedArray,
+    by_place,
+    joined_levels,
+    leading_block,
+    levels_by_place,
+    strided,
+)
 from jaxprune.runtime._layout import Layout
 
 BLOCK = 2**21  # entries that become numbers at a time
 
-Multiply = Callable[[Array, Levels, Any], Array]
-"""`(x, part of the array, extra) -> result`, `x` and result as in `_layout`."""
+Multiply = Callable[[list[Array], Levels, Any], list[Array]]
+"""`(xs, codes of a block, extra) -> results`, each x and result as in `_layout`."""
 
 
 def sweep(
-    x: Array,
+    xs: list[Array],
     w: QuantizedArray,
     extra: Any,
     layout: Layout,
@@ -31,50 +39,72 @@ def sweep(
     *,
     block: int | None = BLOCK,
     bits: bool = True,
-) -> Array:
+) -> list[Array]:
     """Adds or joins products with blocks of `w`.
 
     Args:
-      x: (planes, batch…, rows, contracted…).
+      xs: arrays (planes, batch…, rows, contracted…).
       w: the array; a packed last axis is no batch axis.
       extra: arrays cut like its scales, of size 1, or as many, or one per group along each axis.
       layout: how they multiply.
-      multiply: the product of one part.
+      multiply: the product of one block.
       block: entries that become numbers at a time; `None` for all.
       bits: give float8 codes as their bits.
     """
     n = layout.shape[0]
     if bits and w.spec.format == "float8_e4m3fn":  # loops over bits are faster than over float8
         w = replace(w, values=jax.lax.bitcast_convert_type(w.values, jnp.uint8))
-    xs = _x_parts(x, w, layout)
+    last, per = len(layout.shape) - 1, 8 // w.spec.width
+    # reordering rows costs about four times as much per entry as unpacking codes in order
+    in_order = per > 1 and 4 * sum(x.size for x in xs) > w.size
+    if last in layout.contract and not in_order:
+        xs = [by_place(x, per, layout.x_axis(last)) for x in xs]
     step = n // _groups(w, n)
     size = _block_size(w, n, step, block)
 
-    def one(start: Any, length: int) -> Array:
+    def one(start: Any, length: int) -> list[Array]:
         piece = w.leading(start, length) if w.ndim > 1 else w
-        cut = jax.tree.map(lambda y: leading_block(y, n, start, length), extra)
-        sliced = xs
+        rows = xs
         if 0 not in layout.free and w.ndim > 1:
             axis = layout.x_axis(0)
-            sliced = [jax.lax.dynamic_slice_in_dim(y, start, length, axis) for y in xs]
-        inner = layout._replace(shape=(length, *layout.shape[1:]))
-        return _parts_product(sliced, piece, cut, inner, multiply)
+            rows = [jax.lax.dynamic_slice_in_dim(x, start, length, axis) for x in xs]
+        cut = jax.tree.map(lambda y: leading_block(y, n, start, length), extra)
+        if last not in layout.free and in_order:
+            return multiply(
+                rows, Levels(piece.levels(), piece.scale, piece.zero_point, w.spec), cut
+            )
+        if last not in layout.free:
+            return multiply(rows, joined_levels(piece), cut)
+        own = lambda i: jax.tree.map(lambda y: strided(y, i, per, w.length), cut)
+        found = [multiply(rows, p, own(i)) for i, p in enumerate(levels_by_place(piece))]
+        if per == 1:
+            return found[0]
+        return [_interleaved(ys, w.length) for ys in zip(*found, strict=True)]
 
     count, rest = divmod(n, size)
     if count <= 1 and not rest:
         return one(0, n)
     if 0 in layout.contract:
-        first = jax.eval_shape(lambda: one(0, size))
-        zero = jnp.zeros(first.shape, first.dtype)
-        total = jax.lax.fori_loop(0, count, lambda i, y: y + one(i * size, size), zero)
-        return total + one(count * size, rest) if rest else total
+        add = lambda ys, more: [a + b for a, b in zip(ys, more, strict=True)]
+        zeros = [jnp.zeros(y.shape, y.dtype) for y in jax.eval_shape(lambda: one(0, size))]
+        total = jax.lax.fori_loop(0, count, lambda i, ys: add(ys, one(i * size, size)), zeros)
+        return add(total, one(count * size, rest)) if rest else total
     axis = layout.out_axis(0)
-    _, stacked = jax.lax.scan(lambda _, i: (None, one(i * size, size)), None, jnp.arange(count))
-    joined = jnp.moveaxis(stacked, 0, axis)
-    shape = list(joined.shape)
-    shape[axis : axis + 2] = [count * size]
-    joined = joined.reshape(shape)
-    return jnp.concatenate([joined, one(count * size, rest)], axis) if rest else joined
+    _, found = jax.lax.scan(lambda _, i: (None, one(i * size, size)), None, jnp.arange(count))
+    joined = []
+    for y in found:  # (blocks, …, block, …)
+        y = jnp.moveaxis(y, 0, axis)
+        joined.append(y.reshape(*y.shape[:axis], count * size, *y.shape[axis + 2 :]))
+    if not rest:
+        return joined
+    tail = one(count * size, rest)
+    return [jnp.concatenate([a, b], axis) for a, b in zip(joined, tail, strict=True)]
+
+
+def _interleaved(ys: tuple[Array, ...], length: int) -> Array:
+    """Results of each place in the bytes, in order."""
+    joined = jnp.stack(ys, -1)  # (…, bytes, places)
+    return joined.reshape(*joined.shape[:-2], -1)[..., :length]
 
 
 def _groups(w: QuantizedArray, n: int) -> int:
@@ -89,31 +119,3 @@ def _block_size(w: QuantizedArray, n: int, step: int, block: int | None) -> int:
     step = 1 if step == n else step
     count = -(-w.size // block)
     return min(-(-n // count // step) * step if n // count >= step else step, n)
-
-
-def _x_parts(x: Array, w: QuantizedArray, layout: Layout) -> list[Array]:
-    """`x` for each part of the array."""
-    last, per = len(layout.shape) - 1, 8 // w.spec.width
-    if per == 1 or last not in layout.contract:
-        return [x] * per
-    axis = layout.x_axis(last)
-    pads = [(0, 0)] * x.ndim
-    pads[axis] = (0, -x.shape[axis] % per)
-    x = jnp.pad(x, pads)
-    return [jax.lax.slice_in_dim(x, i, x.shape[axis], per, axis) for i in range(per)]
-
-
-def _parts_product(
-    xs: list[Array], piece: QuantizedArray, extra: Any, layout: Layout, multiply: Multiply
-) -> Array:
-    parts = parts_of(piece)
-    if len(parts) == 1:
-        return multiply(xs[0], parts[0], extra)
-    last, length, per = len(layout.shape) - 1, piece.length, len(parts)
-    if last in layout.contract:
-        found = [multiply(y, part, extra) for y, part in zip(xs, parts, strict=True)]
-        return sum(found[1:], start=found[0])
-    own = lambda i: jax.tree.map(lambda y: strided(y, i, per, length), extra)
-    found = [multiply(xs[i], part, own(i)) for i, part in enumerate(parts)]
-    joined = jnp.stack(found, -1)  # (…, bytes, parts)
-    return joined.reshape(*joined.shape[:-2], -1)[..., :length]
