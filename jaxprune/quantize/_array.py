@@ -202,8 +202,9 @@ def levels_by_place(x: QuantizedArray) -> list[Levels]:
     found = []
     for i, codes in enumerate(fields(x.values, x.spec.width)):
         codes = codes & 15 if x.spec.format == "nf4" else codes
-        own = lambda y, i=i: None if y is None else strided(y, i, per, x.length)
-        found.append(Levels(codes, own(x.scale), own(x.zero_point), x.spec))
+        own = lambda y, i=i: strided(y, i, per, x.length)
+        zero = None if x.zero_point is None else own(x.zero_point)
+        found.append(Levels(codes, own(x.scale), zero, x.spec))
     return found
 
 
@@ -212,13 +213,11 @@ def joined_levels(x: QuantizedArray) -> Levels:
     parts = levels_by_place(x)
     if len(parts) == 1:
         return parts[0]
-    join = lambda ys: (
-        ys[0] if ys[0] is None or ys[0].shape[-1] == 1 != x.length else jnp.concatenate(ys, -1)
-    )
-    codes, scales, zeros = (
-        [getattr(p, f) for p in parts] for f in ("codes", "scale", "zero_point")
-    )
-    return Levels(jnp.concatenate(codes, -1), join(scales), join(zeros), x.spec)
+    shared = x.scale.shape[-1] == 1 != x.length
+    join = lambda ys: ys[0] if shared else jnp.concatenate(ys, -1)
+    zeros = [p.zero_point for p in parts if p.zero_point is not None]
+    codes = jnp.concatenate([p.codes for p in parts], -1)
+    return Levels(codes, join([p.scale for p in parts]), join(zeros) if zeros else None, x.spec)
 
 
 def strided(x: Array, start: int, step: int, n: int) -> Array:

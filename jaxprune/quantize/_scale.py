@@ -153,7 +153,7 @@ def from_levels(
 
 
 def _nf4_values(index: Int8[Array, "..."]) -> Float[Array, "..."]:
-    """The NF4 level of each index, by halving the table bit by bit: selects vectorise, look-ups do not."""
+    """The NF4 level of each index, halving the table bit by bit: selects vectorise, look-ups do not."""
     table: list[Any] = [jnp.float32(level) for level in NF4_LEVELS]
     for bit in range(4):
         is_set = (index & (1 << bit)) != 0

@@ -64,9 +64,9 @@ class Choice(NamedTuple):
       path: path of the leaf.
       primitive: the operation.
       shapes: shapes of its operands.
-      lowering: `"two_planes"`, `"integer"`, `"converted"`, `"float8"`, `"groups"`, `"blocks"`, `"block_planes"`, `"rows"` (a
-        look-up of compressed rows), `"rounded"` (a dense weight with quantized activations), or
-        `"dense"`: the leaf is made dense first.
+      lowering: a name in `jaxprune.runtime._lowerings`, such as `"two_planes"`; `"rows"` (a look-up of
+        compressed rows), `"rounded"` (a dense weight with quantized activations), or `"dense"`: the leaf
+        is made dense first.
       why: the reason.
       source: where the program called it.
       dense_bytes: bytes of the dense leaf, where it is made.
@@ -158,7 +158,7 @@ def run(name: str, x: Any, w: QuantizedArray, layout: Layout, how: How) -> jax.A
 
     @jax.custom_jvp
     def product(x: jax.Array, w: QuantizedArray, how: How) -> jax.Array:
-        return getattr(_lowerings, name)(_settled(x), w, layout, how)
+        return _settled(getattr(_lowerings, name)(_settled(x), w, layout, how))
 
     def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
         y = product(*primals)
@@ -187,7 +187,7 @@ def run(name: str, x: Any, w: QuantizedArray, layout: Layout, how: How) -> jax.A
 
 
 def _settled(x: jax.Array) -> jax.Array:
-    """`x`, computed before it is used, as before a dense product.
+    """`x`, computed before it is used, as before and after a dense product.
 
     Quantization reads its operand several times, and the compiler for CPU fuses what leads to it (a GELU,
     say) into every reader, computing it as often. It drops optimization barriers early; it cannot look
@@ -197,7 +197,7 @@ def _settled(x: jax.Array) -> jax.Array:
         return x
     first = jax.lax.bitcast_convert_type(x.reshape(-1)[0], jnp.uint32)
     never = (first == _A_NAN).astype(jnp.int32)  # no computation makes this very NaN
-    turn = lambda carry: (carry[0] + 1, carry[1] + 0.0)
+    turn = lambda carry: (carry[0] + 1, carry[1] + 1.0)
     return jax.lax.while_loop(lambda carry: carry[0] < never, turn, (jnp.int32(0), x))[1]
 
 

@@ -17,9 +17,7 @@ def looked_up(array: QuantizedArray, index: jax.Array) -> jax.Array:
     n = array.shape[0]
     flat = index.reshape(-1)
 
-    def take(x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
+    def take(x: jax.Array) -> jax.Array:
         ratio = n // x.shape[0]  # a scale for all, for each, or for each group
         return jnp.take(x, flat // ratio, axis=0)[:, None]
 
@@ -28,7 +26,7 @@ def looked_up(array: QuantizedArray, index: jax.Array) -> jax.Array:
         QuantizedArray(
             take(array.values),
             take(array.scale),
-            take(array.zero_point),
+            None if array.zero_point is None else take(array.zero_point),
             array.spec,
             array.length,
             array.dtype,
