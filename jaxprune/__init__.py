@@ -5,7 +5,19 @@ under masks, `trace`, `structure` and `compact` remove channels for good, `quant
 few bits and `compressed` runs on them, `export` saves, `report` shows what was gained.
 """
 
-from jaxprune import budgets, export, masks, nnx, optim, quantize, schedules, scores, structure
+from jaxprune import (
+    budgets,
+    calibration,
+    export,
+    masks,
+    nnx,
+    optim,
+    quantize,
+    schedules,
+    scores,
+    structure,
+)
+from jaxprune.calibration import calibrate, quantize_activations
 from jaxprune.graph import trace
 from jaxprune.masks import (
     apply_masks,
@@ -32,6 +44,8 @@ __all__ = [
     "QuantizedArray",
     "apply_masks",
     "budgets",
+    "calibrate",
+    "calibration",
     "compact",
     "compressed",
     "dequantize_tree",
@@ -46,6 +60,7 @@ __all__ = [
     "pack_masks",
     "prune_tree",
     "quantize",
+    "quantize_activations",
     "quantize_tree",
     "report",
     "schedules",

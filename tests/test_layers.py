@@ -16,6 +16,7 @@ LAYERS = {
     "masks": 1,
     "quantize": 1,
     "graph": 1,
+    "calibration": 2,
     "structure": 2,
     "optim": 2,
     "runtime": 2,

@@ -14,7 +14,7 @@ from jaxprune import _trees
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("scale", "zero_point"),
-    meta_fields=("bits", "signed", "training"),
+    meta_fields=("bits", "training"),
 )
 @dataclass(frozen=True)
 class InputScale:
@@ -23,9 +23,7 @@ class InputScale:
     Attributes:
       scale: float, a scalar; (layers,) beside a stack of layers.
       zero_point: float like `scale`, whole numbers; or `None` (the level 0 is 0).
-      bits: 2 to 8.
-      signed: levels from `-2^(bits - 1)` (without a zero point, one more), else from 0 to
-        `2^bits - 1`, for activations that are never negative.
+      bits: 2 to 8; levels in `[-q, q]`, `q = 2^(bits - 1) - 1`, with a zero point in `[-q - 1, q]`.
       training: which gradient the scale gets: `"fixed"` (none), `"lsq"`, or `"pact"` (from clipped
         activations only).
     """
@@ -33,14 +31,11 @@ class InputScale:
     scale: Array
     zero_point: Array | None
     bits: int
-    signed: bool
     training: str = "fixed"
 
     @property
     def range(self) -> tuple[int, int]:
         """The least and largest level."""
-        if not self.signed:
-            return 0, 2**self.bits - 1
         q = 2 ** (self.bits - 1) - 1
         return (-q, q) if self.zero_point is None else (-q - 1, q)
 
@@ -58,23 +53,9 @@ class InputScale:
         return on_grid(x, scale, zero, low, high, residual=self.training == "lsq")
 
     def codes(self, x: Float[Array, "..."]) -> Array:
-        """Levels as int8; unsigned ones are 128 lower."""
-        low, high = self.range
+        """Levels, as int8."""
         zero = 0.0 if self.zero_point is None else self.zero_point
-        levels = jnp.clip(jnp.round(x / self.scale + zero), low, high)
-        return (levels - self.shift).astype(jnp.int8)
-
-    @property
-    def shift(self) -> int:
-        """What `codes` are lower than levels."""
-        return 0 if self.signed else 2 ** (self.bits - 1)
-
-    @property
-    def code_of_zero(self) -> Array | None:
-        """The code of 0.0, or `None` where it is 0."""
-        if self.zero_point is None:
-            return None if self.signed else jnp.float32(-self.shift)
-        return self.zero_point - self.shift
+        return jnp.clip(jnp.round(x / self.scale + zero), *self.range).astype(jnp.int8)
 
 
 def slowed(x: Array, factor: float) -> Array:

@@ -48,7 +48,7 @@ def in_planes(x: Float[Array, "..."], axes: tuple[int, ...], count: int) -> Plan
 
 def with_known_scale(x: Float[Array, "..."], known: InputScale) -> Planes:
     """Activations in one plane, by a scale known beforehand."""
-    return Planes([known.codes(x)[None]], known.scale, known.code_of_zero)
+    return Planes([known.codes(x)[None]], known.scale, known.zero_point)
 
 
 How = InputScale | DynamicInput | None

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._types import CompressedArray
+from jaxprune.graph import Layout
 from jaxprune.quantize import DynamicInput, InputScale, QuantizedArray
 from jaxprune.runtime import _lowerings
 from jaxprune.runtime._activations import How
-from jaxprune.runtime._layout import Layout
 
 _INTEGER = ("int8", "int4", "int2")
 _LONGEST = (2**31 - 1) // (127 * 128)  # products of 8-bit integers that 32 bits hold

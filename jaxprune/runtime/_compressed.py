@@ -21,14 +21,16 @@ from jaxprune.graph import (
     Program,
     Use,
     inputs_of,
+    layout_of,
+    restored,
     run_operation,
+    standard,
     trace_program,
 )
 from jaxprune.quantize import ActivationQuantized, DynamicInput, QuantizedArray
 from jaxprune.runtime._activations import How, rounded
 from jaxprune.runtime._choose import Choice, dense_bytes, lowering_for, run
 from jaxprune.runtime._kernels import converted_kernel, looked_up
-from jaxprune.runtime._layout import layout_of, restored, standard
 
 _WARN_BYTES = 64 * 2**20
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxprune.graph import Layout
 from jaxprune.quantize import InputScale, Levels, QuantizedArray, largest_values
 from jaxprune.runtime._activations import (
     STEPS,
@@ -18,7 +19,6 @@ from jaxprune.runtime._activations import (
     row_scale,
     with_known_scale,
 )
-from jaxprune.runtime._layout import Layout
 from jaxprune.runtime._sweep import sweep
 
 _FEW = 2  # integer products of fewer rows run slower than of these

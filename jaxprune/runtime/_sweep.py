@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxprune.graph import Layout
 from jaxprune.quantize import (
     Levels,
     QuantizedArray,
@@ -22,7 +23,6 @@ from jaxprune.quantize import (
     levels_by_place,
     strided,
 )
-from jaxprune.runtime._layout import Layout
 
 BLOCK = 2**21  # entries that become numbers at a time
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph import Held, Operation
+from jaxprune.graph._follow import Held
+from jaxprune.graph._program import Operation
 
 
 class Layout(NamedTuple):
