@@ -44,7 +44,7 @@ FUNCTIONS = {name: f for name, f in PUBLIC.items() if inspect.isfunction(f)}
 # plain data that other functions return; their attributes are documented
 DATA = {"GradualState", "MaskedState", "PackedMask", "Pattern", "Report", "Row"}
 # keyword-only does not suit these positional habits
-POSITIONAL = {"bits", "where"}
+POSITIONAL = {"bits", "stats", "where"}
 
 
 def test_all_is_sorted():

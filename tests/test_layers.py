@@ -21,6 +21,7 @@ LAYERS = {
     "optim": 2,
     "runtime": 2,
     "nnx": 3,
+    "qat": 3,
     "export": 3,
     "reports": 3,
     "cli": 4,

@@ -93,6 +93,23 @@ def calibrate(
     )
 
 
+def ranges_seen(
+    fn: Callable[..., Any], params: Params, paths: list[str], *args: Any, **kwargs: Any
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The least and largest entry that multiplies each of some leaves, on one batch; traceable."""
+    names, leaves, treedef = _trees.flatten(params)
+    inputs = inputs_of(args, kwargs)
+    bound = lambda p, *arrays: _rebuilt(fn, inputs, p, list(arrays))
+    step = _step(bound, treedef, names, set(paths), {}, histogram=False, second_moment=False)
+    record = step(tuple(inputs.arrays))(leaves, inputs.arrays)
+    return {path: (found["low"], found["high"]) for path, found in record.items()}
+
+
+def _rebuilt(fn: Callable[..., Any], inputs: Any, params: Any, arrays: list[Any]) -> Any:
+    args, kwargs = inputs.rebuild(arrays)
+    return fn(params, *args, **kwargs)
+
+
 def _step(
     fn: Callable[..., Any],
     treedef: Any,

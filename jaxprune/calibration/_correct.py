@@ -71,7 +71,9 @@ def correct_biases(
         sizes = [was.shape[i] for i in stat.axes]
         if int(np.prod(sizes)) != stat.mean.size:
             continue
-        missing = jnp.tensordot(stat.mean.reshape(sizes), was - now, (tuple(range(len(sizes))), stat.axes))
+        missing = jnp.tensordot(
+            stat.mean.reshape(sizes), was - now, (tuple(range(len(sizes))), stat.axes)
+        )
         if missing.size == out[bias].size:
             change = missing.reshape(out[bias].shape)
             out[bias] = (out[bias] + change).astype(out[bias].dtype)

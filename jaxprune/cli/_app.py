@@ -27,6 +27,38 @@ def _root(
 
 
 @app.command()
+def tune(
+    width: Annotated[int, typer.Option(help="Width of the matrices, a multiple of 128.")] = 2048,
+) -> None:
+    """Measure the ways to multiply by quantized weights here; jp.compressed uses the fastest."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxprune.runtime import tune as measure
+    from jaxprune.runtime import tuning_file
+
+    try:
+        found = measure(width=width)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    rows = list(next(iter(next(iter(found.values())).values())))
+    table = Table(title=f"Milliseconds of a product with {width}\u00b2 codes")
+    for column in ("codes", "lowering", *(f"{n} rows" for n in rows)):
+        table.add_column(column, justify="left" if column in ("codes", "lowering") else "right")
+    for kind, lowerings in found.items():
+        best = {n: min(times[n] for times in lowerings.values()) for n in rows}
+        for name, times in lowerings.items():
+            cells = [f"{1e3 * times[n]:.2f}" for n in rows]
+            marked = [
+                f"[bold]{c}[/]" if times[n] == best[n] else c
+                for c, n in zip(cells, rows, strict=True)
+            ]
+            table.add_row(kind, name, *marked)
+    Console().print(table)
+    typer.echo(f"kept in {tuning_file()}")
+
+
+@app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Seed of data split, weights and batches.", min=0)] = 0,
     sparsity: Annotated[

@@ -15,7 +15,13 @@ import numpy as np
 
 from jaxprune._types import PyTree
 from jaxprune.masks import PackedMask, PackedTree
-from jaxprune.quantize import QuantizedArray, Spec
+from jaxprune.quantize import (
+    ActivationQuantized,
+    DynamicInput,
+    InputScale,
+    QuantizedArray,
+    Spec,
+)
 
 _TRUSTED = ("chex", "flax", "jax", "jaxprune", "optax")  # packages that loading may import
 _FROZEN = ("flax.core", "FrozenDict")
@@ -36,6 +42,13 @@ _COMPRESSED: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] 
             "dtype": jax.numpy.dtype(meta["dtype"]),
         },
     ),
+    "ActivationQuantized": (ActivationQuantized, lambda a: {}, lambda meta: meta),
+    "InputScale": (
+        InputScale,
+        lambda s: {"bits": s.bits, "training": s.training},
+        lambda meta: meta,
+    ),
+    "DynamicInput": (DynamicInput, lambda d: {"dtype": d.dtype}, lambda meta: meta),
     "PackedMask": (PackedMask, lambda m: {"length": m.length}, lambda meta: meta),
 }
 

@@ -237,7 +237,8 @@ def view(operation: Operation, operands: list[Any], shape: tuple[int, ...]) -> l
         return [replace(first, order=tuple(first.order[i] for i in params["permutation"]))]
     if name == "convert_element_type" and jnp.issubdtype(params["new_dtype"], jnp.floating):
         return _changed(first, "astype", params["new_dtype"])
-    if name in ("reshape", "squeeze", "expand_dims") and first.is_straight:
+    more_axes = name == "broadcast_in_dim" and np.prod(shape) == np.prod(first.shape)
+    if (name in ("reshape", "squeeze", "expand_dims") or more_axes) and first.is_straight:
         return _reshaped(first, shape)
     if name == "slice":
         return _sliced(first, params)

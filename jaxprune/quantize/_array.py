@@ -59,6 +59,17 @@ class QuantizedArray:
     length: int
     dtype: Any
 
+    @classmethod
+    def of_levels(
+        cls, levels: Array, scale: Array, zero_point: Array | None, spec: Spec, dtype: Any
+    ) -> "QuantizedArray":
+        """From codes in the dense shape, unpacked. Inverse of `levels`."""
+        values = levels if spec.format.startswith("float8") else levels.astype(jnp.int8)
+        length = levels.shape[-1] if levels.ndim else -1
+        if spec.width < 8:
+            values = pack(values.reshape(levels.shape or (1,)), spec.width)
+        return cls(values, scale, zero_point, spec, length, np.dtype(dtype))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense array."""
@@ -250,6 +261,17 @@ def quantize(path: str, x: Float[Array, "..."], spec: Spec) -> tuple[QuantizedAr
     stored = None if zero is None else zero.astype(jnp.int8)
     length = x.shape[-1] if x.ndim else -1
     return QuantizedArray(values, scale, stored, spec, length, np.dtype(x.dtype)), is_finite(scale)
+
+
+def quantize_with(
+    x: Float[Array, "..."], scale: Array, zero: Array | None, spec: Spec
+) -> QuantizedArray:
+    """An array quantized by a known scale and zero point; what lies beyond the range is clipped."""
+    levels = to_levels(x, reciprocal(scale), zero, spec)
+    values = levels if spec.width == 8 else pack(levels.reshape(x.shape or (1,)), spec.width)
+    stored = None if zero is None else zero.astype(jnp.int8)
+    length = x.shape[-1] if x.ndim else -1
+    return QuantizedArray(values, scale, stored, spec, length, np.dtype(x.dtype))
 
 
 @partial(jax.jit, static_argnums=3)

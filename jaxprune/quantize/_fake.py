@@ -13,6 +13,7 @@ from jaxprune.quantize._scale import (
     from_levels,
     reciprocal,
     scale_of,
+    spread,
     to_levels,
 )
 from jaxprune.quantize._spec import Spec, check_fits
@@ -31,6 +32,7 @@ def fake_quantize(
     granularity: str = "channel",
     scale: Float[Array, "..."] | float | None = None,
     zero_point: Array | float | None = None,
+    key: jax.Array | None = None,
 ) -> Float[Array, "*shape"]:
     """`x` rounded to the values that its quantized form would have.
 
@@ -44,6 +46,7 @@ def fake_quantize(
       scale: step size, broadcastable against `x` (groups counted on the group axis); by default
         from the range of `x`.
       zero_point: the level of 0, used with a given `scale` if not symmetric; default 0.
+      key: a PRNG key: rounds up or down by chance, right in the mean (integers only).
 
     Returns:
       Array like `x`, equal to `jp.quantize_tree(x, …).materialize()`.
@@ -69,10 +72,10 @@ def fake_quantize(
         raise TypeError(f"x: expected floats, got {jnp.result_type(x)}")
     x = jnp.asarray(x)
     check_fits(spec, "x", x.shape)
-    return _fake(x, spec, scale, zero_point)
+    return _fake(x, spec, scale, zero_point, key)
 
 
-def _fake(x: Array, spec: Spec, scale: Any, zero_point: Any) -> Array:
+def _fake(x: Array, spec: Spec, scale: Any, zero_point: Any, key: jax.Array | None = None) -> Array:
     if scale is None:
         scale, zero = scale_of(jax.lax.stop_gradient(x), spec)
         through = x
@@ -87,9 +90,20 @@ def _fake(x: Array, spec: Spec, scale: Any, zero_point: Any) -> Array:
         slack = _ROUNDING * (high - low)
         inside = (x >= low - slack) & (x <= high + slack)
         through = jnp.where(inside, x, jax.lax.stop_gradient(x))
-    rounded = from_levels(to_levels(x, reciprocal(scale), zero, spec), scale, zero, spec, x.dtype)
+    before = x if key is None else _shaken(x, scale, spec, key)
+    levels = to_levels(before, reciprocal(scale), zero, spec)
+    rounded = from_levels(levels, scale, zero, spec, x.dtype)
     # the values are `rounded` exactly, the gradient is that of `through`
     return jax.lax.stop_gradient(rounded) + (through - jax.lax.stop_gradient(through))
+
+
+def _shaken(x: Array, scale: Array, spec: Spec, key: jax.Array) -> Array:
+    """`x` moved by up to half a step, so that rounding it is right in the mean; zeros stay."""
+    if spec.format in ("nf4", "float8_e4m3fn"):
+        raise ValueError(f"key: random rounding needs equal steps, and {spec.format} has none")
+    working = jnp.promote_types(jnp.float32, x.dtype)
+    moved = x + (jax.random.uniform(key, x.shape, working) - 0.5) * spread(scale, x.shape)
+    return jnp.where(x == 0, x, moved)
 
 
 def _with_rank(x: Array, ndim: int) -> Array:
@@ -106,6 +120,7 @@ def fake_quantize_tree(
     granularity: str = "channel",
     rules: Rules | None = None,
     where: Where = None,
+    key: jax.Array | None = None,
 ) -> Params:
     """`fake_quantize` on every selected leaf: put it before the model to train for quantization.
 
@@ -113,6 +128,7 @@ def fake_quantize_tree(
       params: any tree of arrays.
       bits, symmetric, group_size, dtype, granularity: see `jp.quantize.Spec`.
       rules, where: see `jp.quantize_tree`.
+      key: a PRNG key for random rounding; each leaf draws from a key of its own.
 
     Returns:
       Tree like `params`, dense, with straight-through gradients.
@@ -134,7 +150,8 @@ def fake_quantize_tree(
     for path, leaf, spec in zip(paths, leaves, specs, strict=True):
         if spec is not None:
             check_fits(spec, path, leaf.shape)
+    keys = [None] * len(leaves) if key is None else list(jax.random.split(key, len(leaves)))
     return treedef.unflatten(
-        leaf if spec is None else _fake(_trees.dense(leaf), spec, None, None)
-        for leaf, spec in zip(leaves, specs, strict=True)
+        leaf if spec is None else _fake(_trees.dense(leaf), spec, None, None, own)
+        for leaf, spec, own in zip(leaves, specs, keys, strict=True)
     )

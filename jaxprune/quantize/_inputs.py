@@ -26,6 +26,11 @@ class InputScale:
       bits: 2 to 8; levels in `[-q, q]`, `q = 2^(bits - 1) - 1`, with a zero point in `[-q - 1, q]`.
       training: which gradient the scale gets: `"fixed"` (none), `"lsq"`, or `"pact"` (from clipped
         activations only).
+
+    Example:
+      >>> how = jp.quantize.InputScale(jnp.float32(0.5), None, bits=4)
+      >>> how.rounded(jnp.array([0.6, -9.0])).tolist(), how.codes(jnp.array([0.6, -9.0])).tolist()
+      ([0.5, -3.5], [1, -7])
     """
 
     scale: Array
@@ -86,6 +91,10 @@ class DynamicInput:
 
     Attributes:
       dtype: `"int8"` or `"float8_e4m3fn"`.
+
+    Example:
+      >>> jp.quantize.DynamicInput().dtype
+      'int8'
     """
 
     dtype: str = "int8"

@@ -53,7 +53,9 @@ def scale_of(x: Float[Array, "..."], spec: Spec) -> tuple[Scale, Zero | None]:
 def _top_level(spec: Spec) -> float:
     if spec.format == "nf4":
         return 1.0
-    return FP8_MAX if spec.format == "float8_e4m3fn" else float(integer_range(spec)[1])
+    if spec.format == "float8_e4m3fn":
+        return FP8_MAX
+    return integer_range(spec)[1] + (0.5 if spec.full_range else 0.0)
 
 
 def _usable(scale: Scale) -> Scale:
@@ -121,7 +123,7 @@ def to_levels(
         return sum(steps[1:], start=steps[0])
     if zero is not None:
         ratio = ratio + spread(zero, x.shape)
-    if zero is not None or not in_range:
+    if zero is not None or spec.full_range or not in_range:
         ratio = jnp.clip(ratio, *integer_range(spec))
     return _rounded(ratio)
 

@@ -27,6 +27,8 @@ class Spec:
       granularity: `"channel"` (one scale per entry of the last axis; three-axis arrays are read as
         stacked matrices and keep their first axis too, as do arrays of five axes and more) or
         `"tensor"` (one scale in all). Not used with `group_size`.
+      full_range: symmetric integers in `[-q - 1, q]` with steps of `absmax / (q + 1/2)`, as qwix has
+        them: one level more, and the largest weight a little less exact.
 
     Raises:
       ValueError: an unknown format, granularity or group size, or an asymmetric float format.
@@ -41,6 +43,7 @@ class Spec:
     group_size: int | None = None
     dtype: Any = None
     granularity: str = "channel"
+    full_range: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is None:
@@ -118,7 +121,7 @@ def reduced_axes(spec: Spec, ndim: int) -> tuple[int, ...]:
 def integer_range(spec: Spec) -> tuple[int, int]:
     """The least and largest integer of an integer format."""
     q = 2 ** (spec.width - 1) - 1
-    return (-q, q) if spec.symmetric else (-q - 1, q)
+    return (-q, q) if spec.symmetric and not spec.full_range else (-q - 1, q)
 
 
 NF4_LEVELS = np.array(

@@ -46,7 +46,12 @@ def reshaped_scales(
             for i in theirs:
                 wanted[i] = new[i]
         elif any(n != 1 for n in had):
-            return None
+            # one scale for each entry of the first axes: groups, where groups lie
+            first = next((i for i, n in enumerate(had) if n == 1), len(had))
+            whole = had == [old[i] for i in mine[:first]] + [1] * (len(mine) - first)
+            if not whole or theirs != [len(new) - 2]:
+                return None
+            wanted[theirs[0]] = int(np.prod(had))
     # of three axes and more, each entry of the leading axis has scales of its own, for loops over it
     full = (new[0], *wanted[1:]) if len(new) >= 3 and wanted[0] == 1 else tuple(wanted)
     return lambda x: jnp.broadcast_to(x.reshape(wanted), full)

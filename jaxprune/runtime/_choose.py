@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Thresholds] = {
     "cpu": {
         "integers": [(-1, "two_planes")],
         "packed integers": [(-1, "two_planes")],
-        "groups of integers": [(8, "groups"), (32, "blocks"), (-1, "block_planes")],
+        "groups of integers": [(32, "groups"), (-1, "block_planes")],
         "other codes": [(32, "blocks"), (-1, "block_planes")],
     },
     "other": {

@@ -147,13 +147,13 @@ class _Run:
         how = self._how(held)
         shapes = (x.shape, held.shape)
         layout = layout_of(operation, held, x, side)
-        if not is_compressed(held.array):
+        if not isinstance(held.array, QuantizedArray):
+            if how is None:
+                return Found(why=f"no product of its own for {type(held.array).__name__}")
             self._note(operation, held, shapes, "rounded", "activations are rounded first")
             axes = operation.params["dimension_numbers"][0][1 - side]
             pair = [rounded(x, tuple(axes), how), held.materialize()]
             return Found(run_operation(operation, pair if side else pair[::-1]))
-        if not isinstance(held.array, QuantizedArray):
-            return Found()
         packed = held.array.spec.width < 8 and len(layout.shape) - 1 in layout.batch
         if packed or len(layout.shape) < 2:
             return Found(why="codes of one byte belong to different products")
@@ -223,6 +223,8 @@ def hold(leaf: Any, path: str) -> Any:
     """A leaf as it enters a program: compressed ones, and those with quantized inputs, are followed."""
     if isinstance(leaf, ActivationQuantized):
         return Held.of(leaf.weight, path, leaf.input)
+    if getattr(leaf, "is_trained", False):  # dense in memory as it is
+        return leaf.materialize()
     return Held.of(leaf, path) if is_compressed(leaf) else leaf
 
 

@@ -1,5 +1,7 @@
 """A function on compressed leaves gives what it gives on their dense forms."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,3 +180,101 @@ def test_explain_and_warning(capsys):
 def test_bad_input():
     with pytest.raises(ValueError, match="activations"):
         jp.compressed(lambda p: p, activations="int3")
+
+
+GROUPED = {
+    "int8": {"bits": 8, "group_size": 4},
+    "int4_asymmetric": {"bits": 4, "group_size": 4, "symmetric": False},
+    "nf4": {"dtype": "nf4", "group_size": 2},
+    "large": {"bits": 8, "group_size": 64},
+}
+LAYOUTS = {
+    "matrix": ((128, 20), "rk,kn->rn"),
+    "transposed": ((20, 24), "rk,nk->rn"),
+    "heads": ((24, 4, 8), "rd,dhk->rhk"),
+    "out of heads": ((4, 8, 12), "rhk,hkd->rd"),
+    "experts": ((4, 24, 20), "rek,ekn->ren"),
+    "middle": ((6, 24, 8), "rk,akb->rab"),
+    "odd": ((4, 24, 7), "rd,hdk->rhk"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", [*KINDS, *(f"groups of {name}" for name in GROUPED)])
+def test_any_layout(layout, kind, monkeypatch):
+    from jaxprune.runtime import _lowerings, _sweep
+
+    settings = GROUPED[kind[10:]] if kind.startswith("groups") else KINDS[kind]
+    shape, equation = LAYOUTS[layout]
+    if shape[-2] % settings.get("group_size", 1):
+        pytest.skip("groups do not divide it")
+    tree = jp.quantize_tree({"w": normal(*shape)}, **settings)
+    dense = jp.dequantize_tree(tree)
+    left, right = equation.split("->")[0].split(",")
+    fn = lambda p, x: jnp.einsum(equation, x, p["w"])
+    # in one block, and in many of which the last is smaller
+    sweep = _sweep.sweep
+    for block, rows in ((None, 3), (48, 3), (48, 40)):
+        if block:
+            small = lambda *args, block=block, **kw: sweep(*args, **{"block": block, **kw})
+            monkeypatch.setattr(_lowerings, "sweep", small)
+        sizes = dict(zip(right, shape, strict=True)) | {"r": rows}
+        x = normal(*(sizes[c] for c in left), seed=1)
+        run = jp.compressed(fn)
+        assert error(fn(dense, x), jax.jit(run)(tree, x)) < 3e-4
+        assert run.choices[0].lowering != "dense"
+        found, wanted = (
+            jax.grad(lambda x, f=f, p=p: jnp.sum(jnp.sin(f(p, x))))(x)
+            for f, p in ((run, tree), (fn, dense))
+        )
+        assert error(wanted, found) < 3e-3
+
+
+def test_views_keep_codes():
+    tree = jp.quantize_tree({"w": normal(3, 8, 16)}, bits=4)
+    x = normal(5, 8, seed=1)
+    cases = {
+        "index": lambda p, x: x @ p["w"][1],
+        "slice": lambda p, x: jnp.einsum("rk,lkn->rln", x, p["w"][1:]),
+        "dynamic": lambda p, x: x @ jax.lax.dynamic_index_in_dim(p["w"], x.size % 3, 0, False),
+        "reshape": lambda p, x: jnp.tile(x, 3) @ p["w"].reshape(24, 16),
+        "new axis": lambda p, x: x @ p["w"][None, 2][0],
+    }
+    for name, fn in cases.items():
+        run = jp.compressed(fn)
+        assert error(fn(jp.dequantize_tree(tree), x), run(tree, x)) < 3e-4, name
+        assert "dense" not in {c.lowering for c in run.choices}, name
+
+
+def test_convolution_on_codes():
+    conv = lambda p, x: jax.lax.conv_general_dilated(
+        x, p["k"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = normal(2, 6, 6, 5, seed=1)
+    for kind, size in itertools.product(("int8", "int4", "asymmetric", "nf4"), (1, 3)):
+        tree = jp.quantize_tree({"k": normal(size, size, 5, 8)}, **KINDS[kind])
+        for activations, tolerance in ((None, 3e-4), ("int8", 0.03)):
+            run = jp.compressed(conv, activations=activations)
+            assert error(conv(jp.dequantize_tree(tree), x), run(tree, x)) < tolerance
+        on_codes = kind in ("int8", "int4") and size == 1
+        assert run.choices[-1].lowering == ("converted" if on_codes else "dense")
+
+
+def test_measured_thresholds(monkeypatch, tmp_path):
+    from jaxprune.runtime import _choose
+
+    tree, x = jp.quantize_tree({"w": normal(16, 8)}, bits=8), normal(3, 16, seed=1)
+    file = tmp_path / "tuning.json"
+    monkeypatch.setenv("JAXPRUNE_TUNING", str(file))
+    fn = lambda p, x: x @ p["w"]
+    for content, expected in (
+        ('{"cpu": {"integers": [[2, "two_planes"], [-1, "blocks"]]}}', "blocks"),
+        ("no json", "two_planes"),
+        ('{"cpu": {"integers": [[-1, "unknown"]]}}', "two_planes"),
+    ):
+        file.write_text(content)
+        _choose.thresholds.cache_clear()
+        run = jp.compressed(fn)
+        assert error(fn(jp.dequantize_tree(tree), x), run(tree, x)) < 3e-4
+        assert run.choices[0].lowering == expected
+    _choose.thresholds.cache_clear()

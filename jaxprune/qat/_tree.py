@@ -1,0 +1,149 @@
+"""Whole trees into quantization-aware training and out of it."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune import _checks, _trees
+from jaxprune._types import Masks, Params, PyTree, Where
+from jaxprune.qat._array import QATArray
+from jaxprune.quantize import (
+    ActivationQuantized,
+    InputScale,
+    Rules,
+    Spec,
+    check_fits,
+    integer_range,
+    scale_of,
+    specs_for,
+)
+
+
+def prepare(
+    params: Params,
+    bits: int = 8,
+    *,
+    method: str = "lsq",
+    symmetric: bool = True,
+    group_size: int | None = None,
+    dtype: Any = None,
+    granularity: str = "channel",
+    masks: Masks | None = None,
+    rules: Rules | None = None,
+    where: Where = None,
+) -> PyTree:
+    """Replaces weights by leaves that train on their quantized values.
+
+    Train the tree like any other: `jp.compressed(fn)` runs it, gradients and optimizers see its arrays,
+    and `convert` makes the quantized tree, which gives the same outputs. For activations, put
+    `jp.quantize_activations(tree, stats, training="lsq")` around it.
+
+    Args:
+      params: any tree of arrays; leaves of `jp.quantize_activations` keep their input scales.
+      bits, symmetric, group_size, dtype, granularity: see `jp.quantize.Spec`.
+      method: `"lsq"`: steps are learned with the weights, from `2 mean|w| / sqrt(q)` on (integers only);
+        `"absmax"`: the weight's range in each step.
+      masks: pruned weights stay exactly 0, through training and quantization.
+      rules, where: see `jp.quantize_tree`.
+
+    Returns:
+      The tree with `QATArray` leaves.
+
+    Raises:
+      ValueError: unknown names, learned steps for `"nf4"` or `"float8_e4m3fn"`, a group size that does
+        not divide a leaf, masks of another tree.
+
+    Example:
+      >>> params = {"w": jnp.array([[0.9, -0.4], [0.2, 0.7]])}
+      >>> fn = lambda p, x: x @ p["w"]
+      >>> tree = jp.qat.prepare(params, bits=4)
+      >>> grads = jax.grad(lambda t: jnp.sum(jp.compressed(fn)(t, jnp.ones((1, 2)))))(tree)
+      >>> grads["w"].value.shape, grads["w"].step.shape
+      ((2, 2), (1, 2))
+
+    Reference: Esser et al., "Learned Step Size Quantization", 2020, https://arxiv.org/abs/1902.08153
+    """
+    _checks.choice("method", method, ("lsq", "absmax"))
+    base = Spec(
+        bits=bits, symmetric=symmetric, group_size=group_size, dtype=dtype, granularity=granularity
+    )
+    specs = specs_for(params, base, rules, where)
+    paths, leaves, treedef = _trees.flatten(params)
+    if masks is None:
+        kept: list[Any] = [None] * len(leaves)
+    else:
+        names = _trees.leaf_paths(masks)
+        if names != paths:
+            odd = sorted(set(names) ^ set(paths))[:3]
+            raise ValueError(f"masks: another tree than params ({odd} differ)")
+        kept = jax.tree.leaves(masks)
+    for path, leaf, spec in zip(paths, leaves, specs, strict=True):
+        if spec is not None:
+            check_fits(spec, path, leaf.shape)
+            if method == "lsq" and spec.dtype is not None:
+                raise ValueError(
+                    f"method: {spec.format} of leaf {path!r} has no step to learn; use 'absmax'"
+                )
+    out = []
+    for leaf, spec, mask in zip(leaves, specs, kept, strict=True):
+        if spec is None:
+            out.append(leaf)
+        elif isinstance(leaf, ActivationQuantized):
+            out.append(leaf.with_weight(_prepared(leaf.weight, spec, mask, method)))
+        else:
+            out.append(_prepared(leaf, spec, mask, method))
+    return treedef.unflatten(out)
+
+
+def _prepared(leaf: Any, spec: Spec, mask: Any, method: str) -> QATArray:
+    value = jnp.array(_trees.dense(leaf))  # a copy: training may donate it
+    mask = None if mask is None or jnp.ndim(mask) == 0 else jnp.asarray(mask)
+    kept = value if mask is None else jnp.where(mask, value, 0)
+    if method == "absmax":
+        return QATArray(value, None, None, mask, spec)
+    scale, zero = scale_of(kept, spec)
+    if zero is not None:
+        return QATArray(value, scale, zero.astype(scale.dtype), mask, spec)
+    # the range of the mean magnitude: absmax / q is too wide for few bits
+    top = integer_range(spec)[1]
+    flat, _ = scale_of(jnp.abs(kept), spec)
+    return QATArray(value, _first_step(kept, flat, spec, top), None, mask, spec)
+
+
+def _first_step(x: jax.Array, scale: jax.Array, spec: Spec, top: int) -> jax.Array:
+    """`2 mean|w| / sqrt(q)` over the entries of each scale, at most their range."""
+    if scale.ndim == 0 or x.size == 0:
+        return scale
+    groups = [n // m for n, m in zip(x.shape, scale.shape, strict=True)]
+    split = [k for m, g in zip(scale.shape, groups, strict=True) for k in (m, g)]
+    inner = tuple(range(1, 2 * x.ndim, 2))
+    mean = jnp.mean(jnp.abs(x.astype(scale.dtype)).reshape(split), inner)
+    return jnp.where(mean > 0, jnp.minimum(2 * mean / top**0.5, scale), scale)
+
+
+def convert(tree: PyTree) -> PyTree:
+    """The quantized tree of a trained one: `QuantizedArray` for each `QATArray`, fixed input scales.
+
+    Args:
+      tree: of `prepare`, trained or not.
+
+    Returns:
+      The tree, which gives the same outputs under `jp.compressed`.
+
+    Example:
+      >>> tree = jp.qat.prepare({"w": jnp.array([[0.9, -0.4], [0.2, 0.7]])}, bits=4)
+      >>> small = jp.qat.convert(tree)
+      >>> bool(jnp.array_equal(small["w"].materialize(), tree["w"].materialize()))
+      True
+    """
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, ActivationQuantized):
+            how = leaf.input
+            fixed = replace(how, training="fixed") if isinstance(how, InputScale) else how
+            return ActivationQuantized(one(leaf.weight), fixed)
+        return leaf.converted() if isinstance(leaf, QATArray) else leaf
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, (QATArray, ActivationQuantized)))

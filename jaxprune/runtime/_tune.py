@@ -1,0 +1,101 @@
+"""Measuring which lowering is fastest on this machine."""
+
+import json
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.progress import track
+
+from jaxprune.graph import Layout
+from jaxprune.quantize import QuantizedArray, quantize_tree
+from jaxprune.runtime._choose import DEFAULTS, Thresholds, run, thresholds, tuning_file
+
+_KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "integers": ({"bits": 8}, ("two_planes", "converted", "blocks")),
+    "packed integers": ({"bits": 4}, ("two_planes", "converted", "blocks")),
+    "groups of integers": (
+        {"bits": 8, "group_size": 128},
+        ("groups", "blocks", "block_planes", "dense"),
+    ),
+    "other codes": ({"dtype": "nf4"}, ("blocks", "block_planes", "dense")),
+}
+
+
+def tune(
+    *, width: int = 2048, rows: tuple[int, ...] = (1, 8, 32, 128, 512), rounds: int = 5
+) -> dict[str, dict[str, dict[int, float]]]:
+    """Times every lowering on matrices of this machine's default backend, and keeps the fastest.
+
+    The thresholds go to `tuning.json` in the user's cache folder (or where `JAXPRUNE_TUNING` says), and
+    `jp.compressed` uses them from then on. A lowering replaces the default only where it is at least
+    a twentieth faster.
+
+    Args:
+      width: of the square matrices, a multiple of 128.
+      rows: numbers of rows to measure, ascending.
+      rounds: repetitions, of which the median counts.
+
+    Returns:
+      Seconds by kind of codes, lowering and rows.
+
+    Raises:
+      ValueError: a width that is no multiple of 128.
+    """
+    if width <= 0 or width % 128:
+        raise ValueError(f"width: expected a multiple of 128, got {width}")
+    backend = jax.default_backend()
+    base = DEFAULTS["cpu" if backend == "cpu" else "other"]
+    w = jax.random.normal(jax.random.key(0), (width, width))
+    seconds: dict[str, dict[str, dict[int, float]]] = {}
+    rules: Thresholds = {}
+    for kind, (settings, names) in track(_KINDS.items(), "tune", transient=True):
+        array = quantize_tree({"w": w}, **settings)["w"]
+        found = {name: {n: _time(name, array, n, rounds) for n in rows} for name in names}
+        seconds[kind] = found
+        rules[kind] = _rules(found, base[kind], rows)
+    file = tuning_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        known = {}
+    work = file.with_suffix(".tmp")
+    work.write_text(json.dumps({**known, backend: rules}, indent=1))
+    work.replace(file)
+    thresholds.cache_clear()
+    return seconds
+
+
+def _time(name: str, array: QuantizedArray, rows: int, rounds: int) -> float:
+    n = array.shape[0]
+    layout = Layout((n, n), (), (0,), (1,), (rows,))
+    call = jax.jit(lambda x, w: run(name, x, w, layout, None))
+    x = jnp.ones((rows, n))
+    jax.block_until_ready(call(x, array))
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(call(x, array))
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def _rules(
+    found: dict[str, dict[int, float]], base: list[tuple[int, str]], rows: tuple[int, ...]
+) -> list[tuple[int, str]]:
+    """The fastest by rows, neighbours with the same lowering joined."""
+    rules: list[tuple[int, str]] = []
+    for n in rows:
+        default = next(name for most, name in base if n <= most or most < 0)
+        best = min(found, key=lambda name: found[name][n])
+        if default in found and found[best][n] > 0.95 * found[default][n]:
+            best = default
+        if rules and rules[-1][1] == best:
+            rules[-1] = (n, best)
+        else:
+            rules.append((n, best))
+    rules[-1] = (-1, rules[-1][1])
+    return rules

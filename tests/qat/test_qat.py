@@ -1,0 +1,147 @@
+"""Training on the grid: gradients by formula, and conversion that changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from tests.structure._zoo import build, normal
+
+fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+
+
+def problem():
+    params = {"a": normal(8, 16), "b": normal(16, 3, seed=1)}
+    x = normal(64, 8, seed=2)
+    return params, x, fn({k: 0.7 * v + 0.1 for k, v in params.items()}, x)
+
+
+def test_lsq_gradients_equal_the_paper():
+    x = jnp.array([0.3, -0.9, 5.0, -7.0, 0.26])
+    how = jp.quantize.InputScale(jnp.float32(0.5), None, 3, "lsq")
+    value, (gx, ghow) = jax.value_and_grad(
+        lambda x, how: jnp.sum(how.rounded(x) * jnp.arange(1.0, 6.0)), (0, 1)
+    )(x, how)
+    q, weights = 3, np.arange(1.0, 6.0)
+    v = np.asarray(x) / 0.5
+    rounded = np.clip(np.round(v), -q, q)
+    np.testing.assert_allclose(value, np.sum(rounded * 0.5 * weights), rtol=1e-6)
+    inside = np.abs(v) <= q
+    np.testing.assert_allclose(gx, np.where(inside, weights, 0))
+    slope = np.where(inside, rounded - v, rounded)
+    expected = np.sum(slope * weights) / np.sqrt(5 * q)
+    np.testing.assert_allclose(ghow.scale, expected, rtol=1e-5)
+    # PACT: only what is clipped moves the range
+    pact = jp.quantize.InputScale(jnp.float32(0.5), None, 3, "pact")
+    ghow = jax.grad(lambda how: jnp.sum(how.rounded(x) * weights))(pact)
+    np.testing.assert_allclose(
+        ghow.scale, np.sum(np.where(inside, 0, rounded) * weights), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 4},
+        {"bits": 2, "group_size": 4},
+        {"bits": 4, "symmetric": False},
+        {"bits": 8, "method": "absmax"},
+        {"dtype": "nf4", "method": "absmax"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [None, "lsq", "pact", "fixed"])
+def test_training_improves_and_converting_changes_nothing(settings, training):
+    params, x, target = problem()
+    _, masks = jp.prune_tree(params, 0.3)
+    tree = jp.qat.prepare(params, masks=masks, **settings)
+    if training:
+        stats = jp.calibrate(fn, params, [x])
+        tree = jp.quantize_activations(tree, stats, training=training, symmetric=training != "pact")
+    run = jp.compressed(fn)
+    loss = lambda t: jnp.mean((run(t, x) - target) ** 2)
+    start = loss(tree)
+    trainable = jax.tree.map(lambda v: jnp.issubdtype(v.dtype, jnp.floating), tree)
+    tx = optax.multi_transform({True: optax.adam(3e-3), False: optax.set_to_zero()}, trainable)
+    grad = jax.grad(loss, allow_int=True)
+
+    @jax.jit
+    def step(tree, state):
+        grads = jax.tree.map(
+            lambda g, v: g if g.dtype == v.dtype else jnp.zeros_like(v), grad(tree), tree
+        )
+        updates, state = tx.update(grads, state, tree)
+        return jax.tree.map(
+            lambda v, u: v + u if jnp.issubdtype(v.dtype, jnp.floating) else v, tree, updates
+        ), state
+
+    state = tx.init(tree)
+    for _ in range(60):
+        tree, state = step(tree, state)
+    assert loss(tree) < 0.9 * start
+    small = jp.qat.convert(tree)
+    kinds = {type(x).__name__ for x in jax.tree.leaves(small, is_leaf=jp._types.is_compressed)}
+    assert kinds == ({"ActivationQuantized"} if training else {"QuantizedArray"})
+    off = np.abs(run(small, x) - run(tree, x)) > 2e-3 * np.abs(run(tree, x)).max()
+    assert off.mean() < 0.05  # where an activation lies between two levels, rounding may tip over
+    for name, mask in masks.items():
+        dense = small[name].materialize()
+        assert not np.asarray(dense)[~np.asarray(mask)].any()
+
+
+@pytest.mark.parametrize("name", ["residual", "scanned_layers", "nnx_cnn"])
+def test_networks(name):
+    net, params, x = build(name)
+    stats = jp.calibrate(net, params, [(x,)])
+    tree = jp.quantize_activations(jp.qat.prepare(params, bits=4), stats, training="lsq")
+    run = jp.compressed(net)
+    grads = jax.jit(jax.grad(lambda t: jnp.sum(run(t, x) ** 2), allow_int=True))(tree)
+    floats = [g for g in jax.tree.leaves(grads) if g.dtype == jnp.float32]
+    assert all(bool(jnp.isfinite(g).all()) for g in floats)
+    assert sum(bool((g != 0).any()) for g in floats) > 4
+    small = jp.qat.convert(tree)
+    np.testing.assert_allclose(run(small, x), run(tree, x), rtol=5e-3, atol=5e-3)
+
+
+def test_random_rounding_is_right_in_the_mean():
+    x = jnp.array([0.0, 0.1, -0.37, 1.0])
+    draw = lambda key: jp.fake_quantize(x, bits=4, scale=0.25, key=key)
+    many = jax.vmap(draw)(jax.random.split(jax.random.key(0), 4000))
+    assert set(np.unique(many[:, 1]).tolist()) == {0.0, 0.25}
+    np.testing.assert_allclose(many.mean(0), x, atol=0.01)
+    with pytest.raises(ValueError, match="equal steps"):
+        jp.fake_quantize(x, dtype="nf4", key=jax.random.key(0))
+    params = {"w": normal(8, 8), "v": normal(8, 8)}
+    rounded = jp.fake_quantize_tree(params, bits=4, key=jax.random.key(1))
+    assert (rounded["w"] != rounded["v"]).any()  # a key of its own for each leaf
+
+
+def test_ranges_follow_training():
+    params, x, _ = problem()
+    stats = jp.calibrate(fn, params, [x])
+    for symmetric in (True, False):
+        tree = jp.quantize_activations(params, stats, symmetric=symmetric)
+        moved = jax.jit(lambda t, x: jp.qat.observe(fn, t, x, decay=0.0))(tree, 2 * x)
+        expected = jp.quantize_activations(
+            params, jp.calibrate(fn, params, [2 * x]), symmetric=symmetric
+        )
+        for name in params:
+            np.testing.assert_allclose(
+                moved[name].input.scale, expected[name].input.scale, rtol=1e-5
+            )
+    with pytest.raises(ValueError, match="quantize_activations"):
+        jp.qat.observe(fn, params, x)
+
+
+def test_bad_input():
+    params, _, _ = problem()
+    with pytest.raises(ValueError, match="no step to learn"):
+        jp.qat.prepare(params, dtype="nf4")
+    with pytest.raises(ValueError, match="group_size.*'a'"):
+        jp.qat.prepare(params, group_size=7)
+    with pytest.raises(ValueError, match="masks"):
+        jp.qat.prepare(params, masks={"a": jnp.array(True)})
+    with pytest.raises(ValueError, match="method"):
+        jp.qat.prepare(params, method="pact")
