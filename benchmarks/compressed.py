@@ -82,6 +82,8 @@ def encoder():
     dense = jax.jit(minilm.encode)
     target, calls, cosine = dense(params, tokens), {"dense": lambda: dense(params, tokens[:32])}, {}
     for name, (settings, activations) in kinds.items():
+        if "group_size" not in settings:
+            settings = {**settings, "channel_axis": -2}  # its matrices are (out, in)
         tree = jp.quantize_tree(params, where=where, **settings)
         run = jax.jit(jp.compressed(minilm.encode, activations=activations))
         cosine[name] = float(jnp.sum(run(tree, tokens) * target, -1).mean())

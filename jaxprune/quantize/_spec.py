@@ -29,6 +29,8 @@ class Spec:
         `"tensor"` (one scale in all). Not used with `group_size`.
       full_range: symmetric integers in `[-q - 1, q]` with steps of `absmax / (q + 1/2)`, as qwix has
         them: one level more, and the largest weight a little less exact.
+      channel_axis: the axis whose entries have scales of their own: -1, for kernels of (in, out), or -2,
+        for matrices of (out, in) that are transposed before use. Only without `group_size`.
 
     Raises:
       ValueError: an unknown format, granularity or group size, or an asymmetric float format.
@@ -44,6 +46,7 @@ class Spec:
     dtype: Any = None
     granularity: str = "channel"
     full_range: bool = False
+    channel_axis: int = -1
 
     def __post_init__(self) -> None:
         if self.dtype is None:
@@ -56,6 +59,9 @@ class Spec:
             object.__setattr__(self, "dtype", None if name.startswith("int") else name)
         if self.group_size is not None:
             _checks.positive_int("group_size", self.group_size)
+        _checks.choice("channel_axis", self.channel_axis, (-1, -2))
+        if self.channel_axis == -2 and self.group_size is not None:
+            raise ValueError("channel_axis: groups lie along axis -2; expected -1 with group_size")
         _checks.choice("granularity", self.granularity, ("channel", "tensor"))
         if not self.symmetric and self.format in ("float8_e4m3fn", "nf4"):
             raise ValueError(
@@ -114,7 +120,7 @@ def reduced_axes(spec: Spec, ndim: int) -> tuple[int, ...]:
         return (-1,)
     if spec.group_size is not None:
         return (-2,)
-    kept = {-1} | ({-ndim} if ndim == 3 or ndim >= 5 else set())
+    kept = {spec.channel_axis} | ({-ndim} if ndim == 3 or ndim >= 5 else set())
     return tuple(axis for axis in range(-ndim, 0) if axis not in kept)
 
 

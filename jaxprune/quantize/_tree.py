@@ -22,6 +22,7 @@ def quantize_tree(
     group_size: int | None = None,
     dtype: Any = None,
     granularity: str = "channel",
+    channel_axis: int = -1,
     rules: Rules | None = None,
     where: Where = None,
 ) -> PyTree:
@@ -36,6 +37,7 @@ def quantize_tree(
       group_size: entries per scale along the contracted axis; `None` for one scale per channel.
       dtype: `"float8_e4m3fn"`, `"nf4"` or an integer format's name, instead of `bits`.
       granularity: `"channel"` or `"tensor"`.
+      channel_axis: the axis whose entries have scales of their own: -2 for matrices of (out, in).
       rules: `[(regex, spec), …]`; the first regex that matches a path in full decides: a `Spec`, a
         number of bits, or `None` to leave the leaf dense. A path without a match is treated as the
         other arguments say. Matching leaves are quantized whether or not `where` selects them.
@@ -55,7 +57,12 @@ def quantize_tree(
       (2304, 256)
     """
     base = Spec(
-        bits=bits, symmetric=symmetric, group_size=group_size, dtype=dtype, granularity=granularity
+        bits=bits,
+        symmetric=symmetric,
+        group_size=group_size,
+        dtype=dtype,
+        granularity=granularity,
+        channel_axis=channel_axis,
     )
     specs = specs_for(params, base, rules, where)
     paths, leaves, treedef = _trees.flatten(params)

@@ -256,3 +256,46 @@ def test_bad_input(params):
         jp.quantize_tree(params, rules=["dense/.*"])
     with pytest.raises(ValueError, match="group_size"):
         jax.jit(lambda p: jp.quantize_tree(p, group_size=3))(params)
+
+
+def test_channel_axis_and_full_range():
+    x = np.asarray(jax.random.normal(jax.random.key(3), (6, 4))) * np.arange(1, 7)[:, None]
+    tree = jp.quantize_tree({"w": jnp.asarray(x)}, channel_axis=-2)
+    assert tree["w"].scale.shape == (6, 1)
+    np.testing.assert_allclose(tree["w"].scale[:, 0], np.abs(x).max(1) / 127, rtol=1e-6)
+    assert np.abs(tree["w"].materialize() - x).max() <= np.abs(x).max() / 254 + 1e-6
+    stacked = jp.quantize_tree({"w": jnp.asarray(x.reshape(2, 3, 4))}, bits=4, channel_axis=-2)
+    assert stacked["w"].scale.shape == (2, 3, 1)
+    full = jp.quantize_tree(
+        {"w": jnp.asarray(x)}, rules=[("w", jp.quantize.Spec(bits=2, full_range=True))]
+    )["w"]
+    assert set(np.unique(full.levels()).tolist()) <= {-2, -1, 0, 1}
+    np.testing.assert_allclose(full.scale[0], np.abs(x).max(0) / 1.5, rtol=1e-6)
+    with pytest.raises(ValueError, match="channel_axis"):
+        jp.quantize.Spec(channel_axis=0)
+    with pytest.raises(ValueError, match="group_size"):
+        jp.quantize.Spec(channel_axis=-2, group_size=2)
+
+
+def test_views_and_errors():
+    x = jax.random.normal(jax.random.key(4), (4, 6, 8))
+    for kind in ({"bits": 8}, {"bits": 4}, {"dtype": "nf4"}, {"bits": 8, "group_size": 3}):
+        q = jp.quantize_tree({"w": x}, **kind)["w"]
+        dense = q.materialize()
+        np.testing.assert_array_equal(q.block(1, 2).materialize(), dense[1:3])
+        np.testing.assert_array_equal(q[2].materialize(), dense[2])
+        np.testing.assert_array_equal(q.reshape(4, 1, 6, 8).materialize()[:, 0], dense)
+        if "group_size" not in kind:
+            np.testing.assert_array_equal(q.reshape(24, 8).materialize(), dense.reshape(24, 8))
+        assert q.astype(jnp.bfloat16).materialize().dtype == jnp.bfloat16
+        with pytest.raises(TypeError, match="reshape"):
+            q.reshape(32, 6)
+        found = jp.quantize.errors({"w": x}, {"w": q})["w"]
+        difference = np.asarray(dense - x)
+        np.testing.assert_allclose(found.rms, np.sqrt((difference**2).mean()), rtol=1e-4)
+        np.testing.assert_allclose(found.largest, np.abs(difference).max(), rtol=1e-4)
+        ratio = np.linalg.norm(difference) / np.linalg.norm(x)
+        np.testing.assert_allclose(found.relative, ratio, rtol=1e-4)
+        np.testing.assert_allclose(found.sqnr_db, -20 * np.log10(ratio), rtol=1e-3)
+    with pytest.raises(ValueError, match="another tree"):
+        jp.quantize.errors({"w": x}, {"v": x})
