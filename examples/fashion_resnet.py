@@ -137,7 +137,7 @@ def main():
     default = Path("/usr/share/datasets/fashion-mnist")
     parser.add_argument("--data", type=Path, default=default, help="folder of the four .gz files")
     parser.add_argument(
-        "--epochs", type=int, default=3, help="of training; fine-tuning takes as many"
+        "--epochs", type=int, default=4, help="of training; fine-tuning takes as many"
     )
     parser.add_argument("--images", type=int, default=60000, help="use only so many for training")
     parser.add_argument("--seed", type=int, default=0)

@@ -32,6 +32,13 @@ _FREE = frozenset(
         "dynamic_slice",
         "optimization_barrier",
         "scatter",
+        "stack",
+        "unstack",
+        "tile",
+        "random_bits",
+        "dynamic_update_slice",
+        "name",
+        "sharding_constraint",
     ]
 )
 _COSTLY = UNARY - _FREE - {"abs", "neg", "square", "integer_pow", "sign", "floor", "ceil", "not"}

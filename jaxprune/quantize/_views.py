@@ -39,8 +39,10 @@ def reshaped_scales(
         had = [scales[i] for i in mine]
         if len(mine) == len(theirs) == 1:
             in_groups = had[0] not in (1, old[mine[0]])
-            if in_groups and mine[0] - len(old) != theirs[0] - len(new):
-                return None  # groups lie along one axis, counted from the end
+            # groups lie along one axis, counted from the end; of vectors it is another
+            same_axis = mine[0] - len(old) == theirs[0] - len(new)
+            if in_groups and not (same_axis and len(old) > 1 and len(new) > 1):
+                return None
             wanted[theirs[0]] = had[0]
         elif had == [old[i] for i in mine]:
             for i in theirs:

@@ -9,6 +9,7 @@ conversion of codes into a float product.
 
 import json
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from jaxprune.runtime import _lowerings
 from jaxprune.runtime._activations import How
 
 _INTEGER = ("int8", "int4", "int2")
-_LONGEST = (2**31 - 1) // (127 * 128)  # products of 8-bit integers that 32 bits hold
+LONGEST = (2**31 - 1) // (127 * 128)  # products of 8-bit integers that 32 bits hold
 _LARGE = 2**18  # entries of an operand worth keeping from being computed again
 _A_NAN = 0x7FC12345
 _GROUP = 64  # a loop over smaller groups costs more than it saves
@@ -114,7 +115,7 @@ def kind_of(w: QuantizedArray, layout: Layout) -> tuple[str, str]:
         return ("groups of integers" if worth else "other codes"), separated
     if w.spec.format not in _INTEGER:
         return "other codes", f"{w.spec.format} codes are no integers"
-    if layout.depth > _LONGEST:
+    if layout.depth > LONGEST:
         return "other codes", f"an integer sum over {layout.depth} products may overflow"
     return ("integers" if w.spec.width == 8 else "packed integers"), ""
 
@@ -137,7 +138,7 @@ def lowering_for(w: QuantizedArray, how: How, layout: Layout) -> tuple[str, str]
         return "float8", "both operands in float8, one scale per row"
     rules = thresholds(backend)[kind]
     name = next(name for most, name in rules if layout.rows <= most or most < 0)
-    if name == "block_planes" and layout.depth > _LONGEST:
+    if name == "block_planes" and layout.depth > LONGEST:
         name = "blocks"
     numbers = w.spec.format != "nf4" and not isinstance(_lowerings.separated(w, layout), str)
     if name == "dense" and numbers:
@@ -155,38 +156,12 @@ def run(name: str, x: Any, w: QuantizedArray, layout: Layout, how: How) -> jax.A
 
     Its derivative is that of the product with the dense array.
     """
-
-    @jax.custom_jvp
-    def product(x: jax.Array, w: QuantizedArray, how: How) -> jax.Array:
-        return _settled(getattr(_lowerings, name)(_settled(x), w, layout, how))
-
-    def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-        y = product(*primals)
-        moved = [
-            not isinstance(t, jax.custom_derivatives.SymbolicZero) and t.dtype != jax.dtypes.float0
-            for t in jax.tree.leaves(tangents, is_leaf=_is_zero)
-        ]
-        leaves, tree = jax.tree.flatten(primals)
-        directions = jax.tree.leaves(tangents, is_leaf=_is_zero)
-        at = [i for i, m in enumerate(moved) if m]
-
-        def reference(*some: Any) -> jax.Array:
-            full = list(leaves)
-            for i, value in zip(at, some, strict=True):
-                full[i] = value
-            x, w, how = jax.tree.unflatten(tree, full)
-            return _lowerings.dense(x, w, layout, how)
-
-        if not at:
-            return y, jnp.zeros_like(y)
-        _, tangent = jax.jvp(reference, [leaves[i] for i in at], [directions[i] for i in at])
-        return y, tangent
-
-    product.defjvp(derivative, symbolic_zeros=True)
-    return product(x, w, how)
+    compute = lambda x, w, how: settled(getattr(_lowerings, name)(settled(x), w, layout, how))
+    reference = lambda x, w, how: _lowerings.dense(x, w, layout, how)
+    return differentiated(compute, reference)(x, w, how)
 
 
-def _settled(x: jax.Array) -> jax.Array:
+def settled(x: jax.Array) -> jax.Array:
     """`x`, computed before it is used, as before and after a dense product.
 
     Quantization reads its operand several times, and the compiler for CPU fuses what leads to it (a GELU,
@@ -199,6 +174,38 @@ def _settled(x: jax.Array) -> jax.Array:
     never = (first == _A_NAN).astype(jnp.int32)  # no computation makes this very NaN
     turn = lambda carry: (carry[0] + 1, carry[1] + 1.0)
     return jax.lax.while_loop(lambda carry: carry[0] < never, turn, (jnp.int32(0), x))[1]
+
+
+def differentiated(
+    compute: Callable[..., jax.Array], reference: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """`compute`, with the derivative of `reference`; what does not move costs nothing."""
+
+    @jax.custom_jvp
+    def function(*args: Any) -> jax.Array:
+        return compute(*args)
+
+    def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        y = function(*primals)
+        leaves, tree = jax.tree.flatten(primals)
+        directions = jax.tree.leaves(tangents, is_leaf=_is_zero)
+        moved = [
+            i for i, t in enumerate(directions) if not _is_zero(t) and t.dtype != jax.dtypes.float0
+        ]
+        if not moved:
+            return y, jnp.zeros_like(y)
+
+        def of_moved(*some: Any) -> jax.Array:
+            full = list(leaves)
+            for i, value in zip(moved, some, strict=True):
+                full[i] = value
+            return reference(*jax.tree.unflatten(tree, full))
+
+        at, along = ([values[i] for i in moved] for values in (leaves, directions))
+        return y, jax.jvp(of_moved, at, along)[1]
+
+    function.defjvp(derivative, symbolic_zeros=True)
+    return function
 
 
 def _is_zero(x: Any) -> bool:

@@ -30,7 +30,8 @@ from jaxprune.graph import (
 from jaxprune.quantize import ActivationQuantized, DynamicInput, QuantizedArray
 from jaxprune.runtime._activations import How, rounded
 from jaxprune.runtime._choose import Choice, dense_bytes, lowering_for, run
-from jaxprune.runtime._kernels import converted_kernel, looked_up
+from jaxprune.runtime._convolve import convolution_for, convolved
+from jaxprune.runtime._rows import looked_up
 
 _WARN_BYTES = 64 * 2**20
 
@@ -167,27 +168,13 @@ class _Run:
         return Found([y.astype(wanted)])
 
     def _convolution(self, operation: Operation, x: Any, held: Held) -> Found:
-        """A convolution of perhaps rounded activations with a kernel whose codes are converted."""
+        """A convolution of perhaps rounded activations."""
         how = self._how(held)
-        numbers = operation.params["dimension_numbers"]
-        example = tuple(i for i in range(x.ndim) if i != numbers.lhs_spec[0])
-        x = rounded(x, example, how)
-        shapes = (x.shape, held.shape)
-        if is_compressed(held.array):
-            found = converted_kernel(held, numbers.rhs_spec[0])
-            if found is not None:
-                codes, scale = found
-                why = "codes are converted, scales applied to the result"
-                self._note(operation, held, shapes, "converted", why)
-                (y,) = run_operation(operation, [x, codes.astype(x.dtype)])
-                axes = [i for i in range(y.ndim) if i != numbers.out_spec[1]]
-                y = y * jnp.expand_dims(scale, axes)
-                wanted = operation.params["preferred_element_type"] or x.dtype
-                return Found([y.astype(wanted)])
-            self._dense(operation, held, "scales or codes that do not factor out of a convolution")
-        else:
-            self._note(operation, held, shapes, "rounded", "activations are rounded first")
-        return Found(run_operation(operation, [x, held.materialize()]))
+        if not isinstance(held.array, QuantizedArray) and how is None:
+            return Found(why=f"no convolution of its own for {type(held.array).__name__}")
+        name, why = convolution_for(operation, x, held, how)
+        self._note(operation, held, (x.shape, held.shape), name, why)
+        return Found([convolved(name, operation, x, held, how)])
 
     def _rows(self, operation: Operation, held: Held, index: Any) -> list[Any] | None:
         """A look-up of whole entries of the leading axis."""

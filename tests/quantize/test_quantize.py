@@ -290,6 +290,9 @@ def test_views_and_errors():
         assert q.astype(jnp.bfloat16).materialize().dtype == jnp.bfloat16
         with pytest.raises(TypeError, match="reshape"):
             q.reshape(32, 6)
+        vector = jp.quantize_tree({"v": x[0, 0]}, where="v", group_size=4)["v"]
+        with pytest.raises(TypeError, match="reshape"):
+            vector.reshape(1, 1, 8)
         found = jp.quantize.errors({"w": x}, {"w": q})["w"]
         difference = np.asarray(dense - x)
         np.testing.assert_allclose(found.rms, np.sqrt((difference**2).mean()), rtol=1e-4)

@@ -246,18 +246,42 @@ def test_views_keep_codes():
         assert "dense" not in {c.lowering for c in run.choices}, name
 
 
-def test_convolution_on_codes():
+def test_convolution_on_codes(monkeypatch):
+    from jaxprune.runtime import _convolve
+
     conv = lambda p, x: jax.lax.conv_general_dilated(
         x, p["k"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    x = normal(2, 6, 6, 5, seed=1)
-    for kind, size in itertools.product(("int8", "int4", "asymmetric", "nf4"), (1, 3)):
-        tree = jp.quantize_tree({"k": normal(size, size, 5, 8)}, **KINDS[kind])
-        for activations, tolerance in ((None, 3e-4), ("int8", 0.03)):
+    kinds = ("int8", "int4", "asymmetric", "nf4", "float8")
+    for kind, size, worth in itertools.product(kinds, (1, 3), (True, False)):
+        monkeypatch.setattr(_convolve, "_WORTH", 0 if worth else 1e9)
+        x = normal(2, 6, 6, 16, seed=1) * jnp.array([1.0, 100.0])[:, None, None, None]
+        tree = jp.quantize_tree({"k": normal(size, size, 16, 8)}, **KINDS[kind])
+        dense = jp.dequantize_tree(tree)
+        lowerings = []
+        for activations, tolerance in ((None, 3e-4), ("int8", 0.03), ("float8_e4m3fn", 0.1)):
             run = jp.compressed(conv, activations=activations)
-            assert error(conv(jp.dequantize_tree(tree), x), run(tree, x)) < tolerance
-        on_codes = kind in ("int8", "int4") and size == 1
-        assert run.choices[-1].lowering == ("converted" if on_codes else "dense")
+            for y, z in zip(conv(dense, x), run(tree, x), strict=True):  # each example by itself
+                assert error(y, z) < tolerance
+            lowerings.append(run.choices[-1].lowering)
+        exact = kind in ("int8", "int4") and size == 1
+        integer = "integer" if exact else "block_planes"
+        assert lowerings == ["converted", integer if worth else "converted", "converted"]
+        run = jp.compressed(conv)
+        grads = [
+            jax.grad(lambda x, f=f, t=t: jnp.sum(jnp.tanh(f(t, x))))(x[:1])
+            for f, t in ((conv, dense), (run, tree))
+        ]
+        assert error(*grads) < 3e-3
+        stats = jp.calibrate(conv, dense, [x])
+        for symmetric in (True, False):
+            known = jp.quantize_activations(tree, stats, symmetric=symmetric)
+            expected = conv(dense, known["k"].input.rounded(x))
+            assert error(expected, jp.compressed(conv)(known, x)) < 3e-4
+    few = jp.quantize_tree({"k": normal(3, 3, 5, 8)})
+    run = jp.compressed(conv)
+    run(few, x[..., :5])
+    assert run.choices[-1].lowering == "converted"
 
 
 def test_measured_thresholds(monkeypatch, tmp_path):
