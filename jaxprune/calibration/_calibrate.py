@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
 from jaxprune import _trees
@@ -71,7 +72,9 @@ def calibrate(
     total: dict[str, Any] = {}
     moving: dict[str, tuple[Any, Any]] = {}
     jitted: dict[Any, Any] = {}
-    for number, batch in enumerate(track(batches, "calibrate", transient=True)):
+    for number, batch in enumerate(
+        track(batches, "calibrate", transient=True, disable=not Console().is_terminal)
+    ):
         args = batch if isinstance(batch, tuple) else (batch,)
         inputs = inputs_of(args, {})
         if inputs.key not in jitted:

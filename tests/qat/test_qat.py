@@ -52,7 +52,9 @@ def test_lsq_gradients_equal_the_paper():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("training", [None, "lsq", "pact", "fixed"])
+@pytest.mark.parametrize(
+    "training", [None, "lsq", *(pytest.param(t, marks=pytest.mark.slow) for t in ("pact", "fixed"))]
+)
 def test_training_improves_and_converting_changes_nothing(settings, training):
     params, x, target = problem()
     _, masks = jp.prune_tree(params, 0.3)

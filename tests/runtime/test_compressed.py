@@ -199,8 +199,17 @@ LAYOUTS = {
 }
 
 
+OFTEN = ("int8", "int4_asymmetric", "nf4", "groups of int4_asymmetric", "groups of large")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", [*KINDS, *(f"groups of {name}" for name in GROUPED)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in (*KINDS, *(f"groups of {name}" for name in GROUPED))
+    ],
+)
 def test_any_layout(layout, kind, monkeypatch):
     from jaxprune.runtime import _lowerings, _sweep
 
