@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 
 import jaxprune as jp
+import tests.structure._more_networks  # noqa: F401
 from tests.structure._zoo import build, normal, randomized
 
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jaxprune as jp
+import tests.structure._more_networks  # noqa: F401
 from tests.structure._zoo import build, normal
 
 fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
