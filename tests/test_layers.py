@@ -22,9 +22,9 @@ LAYERS = {
     "runtime": 2,
     "nnx": 3,
     "qat": 3,
-    "export": 3,
     "reports": 3,
-    "cli": 4,
+    "export": 4,
+    "cli": 5,
 }
 # a room of the first layers may use these others of its own layer
 SIBLINGS = {

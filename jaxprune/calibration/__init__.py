@@ -3,7 +3,9 @@
 from jaxprune.calibration._activations import quantize_activations, scale_of_range
 from jaxprune.calibration._calibrate import calibrate, ranges_seen
 from jaxprune.calibration._correct import correct_biases
+from jaxprune.calibration._equalize import equalize
 from jaxprune.calibration._fold import fold_batch_norm
+from jaxprune.calibration._products import first_and_last
 from jaxprune.calibration._stats import Stats
 
-__all__ = ["Stats", "correct_biases", "fold_batch_norm"]
+__all__ = ["Stats", "correct_biases", "equalize", "first_and_last", "fold_batch_norm"]

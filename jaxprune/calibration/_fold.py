@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxprune import _trees
 from jaxprune._types import Params
-from jaxprune.graph import Follower, Found, Held, Use, norms_of, trace_program
+from jaxprune.calibration._products import products_of
+from jaxprune.graph import Program, norms_of, trace_program
 
 
 def fold_batch_norm(fn: Callable[..., Any], params: Params, *args: Any, **kwargs: Any) -> Params:
@@ -68,30 +68,7 @@ def fold_batch_norm(fn: Callable[..., Any], params: Params, *args: Any, **kwargs
     return treedef.unflatten(out)
 
 
-def _output_axes(program: Any, paths: list[str], leaves: list[Any]) -> dict[str, int]:
+def _output_axes(program: Program, paths: list[str], leaves: list[Any]) -> dict[str, int]:
     """Of each weight with one axis of results, that axis, counted from the end."""
-    found: dict[str, int] = {}
-
-    def use(seen: Use) -> Found:
-        operation, operands = seen
-        sides = [i for i in (0, 1) if i < len(operands) and isinstance(operands[i], Held)]
-        if len(sides) == 1:
-            held, side = operands[sides[0]], sides[0]
-            if operation.primitive.name == "conv_general_dilated" and side == 1:
-                found[held.path] = held.order[operation.params["dimension_numbers"].rhs_spec[0]]
-            elif operation.primitive.name == "dot_general":
-                contract, batch = operation.params["dimension_numbers"]
-                used = (*contract[side], *batch[side])
-                free = [i for i in range(len(held.order)) if i not in used]
-                if len(free) == 1 and not batch[side]:
-                    found[held.path] = held.order[free[0]]
-        return Found()
-
-    def run(leaves: list[Any], rest: list[Any]) -> list[Any]:
-        held = [Held.of(x, p) if jnp.ndim(x) else x for x, p in zip(leaves, paths, strict=True)]
-        return Follower(use).run(program, [*held, *rest])[0]
-
-    rest = [program.avals[i] for i in program.inputs[len(leaves) :]]
-    rest = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in rest]
-    jax.eval_shape(run, leaves, rest)
-    return found
+    products = products_of(program, paths, leaves)
+    return {p.path: p.free[0] for p in products if len(p.free) == 1 and not p.batch}

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxprune._types import PyTree
 from jaxprune.masks import PackedMask, PackedTree
+from jaxprune.qat import QATArray
 from jaxprune.quantize import (
     ActivationQuantized,
     DynamicInput,
@@ -41,6 +42,11 @@ _COMPRESSED: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] 
             "length": meta["length"],
             "dtype": jax.numpy.dtype(meta["dtype"]),
         },
+    ),
+    "QATArray": (
+        QATArray,
+        lambda q: {"spec": dataclasses.asdict(q.spec)},
+        lambda meta: {"spec": Spec(**meta["spec"])},
     ),
     "ActivationQuantized": (ActivationQuantized, lambda a: {}, lambda meta: meta),
     "InputScale": (

@@ -7,14 +7,13 @@ import numpy as np
 
 from jaxprune import _checks
 from jaxprune._types import Masks, PyTree, Scores
-from jaxprune.graph import Graph
+from jaxprune.graph import Graph, places_of
 from jaxprune.structure._scoring import (
     NORMALIZATIONS,
     REDUCTIONS,
     like_params,
     normalized,
     open_groups,
-    places_of,
     unit_scores,
 )
 

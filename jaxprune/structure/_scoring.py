@@ -1,48 +1,18 @@
 """Scores of units, gathered from the scores of all entries of all their slices."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _trees
 from jaxprune._types import Masks, PyTree
-from jaxprune.graph import Graph, Group
+from jaxprune.graph import Graph, Group, Place
 
 REDUCTIONS = ("mean", "l1", "l2", "max", "first")
 NORMALIZATIONS = ("mean", "none", "max", "sum", "gaussian")
 _TINY = 1e-30
-
-
-class Place(NamedTuple):
-    """Where units of a group lie in a leaf.
-
-    Attributes:
-      leaf: position of the leaf.
-      axis: axis of the leaf.
-      slices: numbers of slices along it.
-      units: the unit of each, counted within the group.
-    """
-
-    leaf: int
-    axis: int
-    slices: np.ndarray
-    units: np.ndarray
-
-
-def places_of(graph: Graph, group: Group) -> list[Place]:
-    """Where the units of a group lie."""
-    order = np.full(len(graph.units.why), -1)
-    order[group.units] = np.arange(group.size)
-    position = {path: i for i, path in enumerate(graph.paths)}
-    found = []
-    for path, axis in group.members:
-        leaf = position[path]
-        slices, unit = graph.units.factors(graph.units.label[graph.own[leaf].ids[axis]])
-        mine = order[unit] >= 0
-        found.append(Place(leaf, axis, slices[mine], order[unit[mine]]))
-    return found
 
 
 def unit_scores(leaves: Sequence[Any], places: list[Place], size: int, reduce: str) -> Any:

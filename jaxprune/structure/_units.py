@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxprune import _checks
 from jaxprune._types import Masks, Scores
-from jaxprune.graph import Graph, Group, reduced
+from jaxprune.graph import Graph, Group, places_of, reduced
 from jaxprune.structure._scoring import (
     NORMALIZATIONS,
     REDUCTIONS,
@@ -15,7 +15,6 @@ from jaxprune.structure._scoring import (
     masks_without,
     normalized,
     open_groups,
-    places_of,
     unit_scores,
 )
 

@@ -176,3 +176,80 @@ def test_bad_input():
         jp.quantize_activations(params, mode="static")
     with pytest.raises(ValueError, match="bits"):
         jp.quantize_activations(params, stats, 9)
+
+
+def badly_scaled(key=0):
+    """Two dense layers and a depthwise convolution whose channels differ a hundredfold."""
+    channels = 10.0 ** jnp.linspace(-1, 1, 8)
+    params = {
+        "a": normal(3, 3, 4, 8, seed=key) * channels,
+        "a_bias": normal(8, seed=key + 1) * channels,
+        "depthwise": normal(3, 3, 1, 8, seed=key + 2) / channels[::-1],
+        "b": normal(3, 3, 8, 5, seed=key + 3) * (channels[::-1] / channels)[:, None],
+    }
+
+    def fn(p, x):
+        conv = lambda x, k, groups: jax.lax.conv_general_dilated(
+            x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )  # fmt: skip
+        x = jax.nn.relu(conv(x, p["a"], 1) + p["a_bias"])
+        return conv(jax.nn.leaky_relu(conv(x, p["depthwise"], 8)), p["b"], 1)
+
+    return fn, params, normal(2, 6, 6, 4, seed=key + 4)
+
+
+def test_equalized_channels_have_one_range_and_the_function_stays():
+    fn, params, x = badly_scaled()
+    even = jp.calibration.equalize(fn, params, x)
+    assert relative(fn(even, x), fn(params, x)) < 1e-5
+    ranges = jnp.abs(even["a"]).max((0, 1, 2)), jnp.abs(even["b"]).max((0, 1, 3))
+    np.testing.assert_allclose(*ranges, rtol=2e-3)
+    np.testing.assert_allclose(ranges[0], jnp.abs(even["depthwise"]).max((0, 1, 2)), rtol=2e-3)
+    error = lambda p: relative(
+        jp.compressed(fn)(jp.quantize_tree(p, granularity="tensor", where="a|b|depthwise"), x),
+        fn(p, x),
+    )
+    assert error(even) < 0.2 * error(params)
+
+
+@pytest.mark.parametrize("name", ["grouped_query_attention", "glu_and_split", "nnx_cnn"])
+def test_equalization_of_any_network_keeps_its_function(name):
+    fn, params, x = build(name)
+    even = jp.calibration.equalize(fn, params, x)
+    same = jax.tree.map(lambda a, b: relative(a, b) < 1e-5, fn(params, x), fn(even, x))
+    assert all(jax.tree.leaves(same))
+    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), params, even)
+    assert any(jax.tree.leaves(changed)) == (name != "nnx_cnn")
+
+
+def test_nothing_to_equalize_through_a_sigmoid():
+    fn = lambda p, x: jax.nn.sigmoid(x @ p["a"]) @ p["b"]
+    params = {"a": normal(3, 4), "b": normal(4, 2)}
+    assert jp.calibration.equalize(fn, params, normal(5, 3)) is params
+
+
+def test_first_and_last_in_the_order_of_the_program():
+    def fn(p, x):
+        x = x @ p["z"].T
+        x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["layers"])[0]
+        return x @ p["a"] + p["bias"]
+
+    params = {"z": normal(4, 3), "layers": normal(2, 4, 4), "a": normal(4, 2), "bias": normal(2)}
+    rules = jp.calibration.first_and_last(fn, params, normal(1, 3), spec=None)
+    assert rules == [("z", None), ("a", None)]
+    tree = jp.quantize_tree(params, bits=4, rules=rules)
+    assert isinstance(tree["layers"], jp.QuantizedArray)
+    assert tree["z"] is params["z"]
+
+
+def test_wanda_weighs_by_input_features():
+    fn = lambda p, x: jax.lax.scan(lambda x, w: (x @ w.T, None), x, p["w"])[0]
+    params, x = {"w": normal(2, 3, 3)}, normal(9, 3, seed=4)
+    scores = jp.scores.wanda(params, jp.calibrate(fn, params, [x]))["w"]
+    second = x @ params["w"][0].T
+    for layer, rows in enumerate((x, second)):
+        norm = jnp.sqrt(jnp.mean(rows**2, 0))
+        np.testing.assert_allclose(scores[layer], jnp.abs(params["w"][layer]) * norm, rtol=1e-4)
+    with pytest.raises(ValueError, match="another tree"):
+        jp.scores.wanda({"v": params["w"]}, jp.calibrate(fn, params, [x]))

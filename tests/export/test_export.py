@@ -35,6 +35,7 @@ def everything(params):
         "asymmetric": jp.quantize_tree(params, bits=2, symmetric=False),
         "nf4": jp.quantize_tree(params, dtype="nf4"),
         "fp8": jp.quantize_tree(params, dtype="float8_e4m3fn"),
+        "qat": jp.qat.prepare(params, 4, symmetric=False, masks=masks),
         "low": jnp.ones((2, 3), jnp.bfloat16),
         "optimizer": jp.masked_update(optax.adam(0.1), masks).init(params),
         "mine": Mine(jnp.arange(3), {"x": (1, 2.5, "three", True, None)}),

@@ -1,0 +1,66 @@
+"""Scores that read weights and what multiplies them."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxprune import _trees
+from jaxprune._types import Params, PyTree, Scores, Where
+
+
+def wanda(params: Params, stats: PyTree, *, where: Where = None) -> Scores:
+    """Wanda: `|w| |x|`, the size of a weight times the norm of the input feature that it multiplies.
+
+    Meant to be compared within each output (`pattern=` or `scope="leaf"` of `jp.masks.from_scores`).
+
+    Args:
+      params: any tree of arrays.
+      stats: of `jp.calibrate` on the same tree.
+      where: which leaves are scored; by default floating leaves with two axes or more.
+
+    Returns:
+      Tree like `params`: non-negative float32 scores in the weight's shape, or the scalar `+inf`, also
+      for weights that multiplied nothing.
+
+    Raises:
+      ValueError: statistics of another tree, or of weights of another shape.
+
+    Example:
+      >>> params, x = {"w": jnp.array([[1.0, -2.0], [1.0, 1.0]])}, jnp.array([[3.0, 1.0]])
+      >>> stats = jp.calibrate(lambda p, x: x @ p["w"], params, [x])
+      >>> jp.scores.wanda(params, stats)["w"].tolist()
+      [[3.0, 6.0], [1.0, 1.0]]
+
+    Reference: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023,
+    https://arxiv.org/abs/2306.11695
+    """
+    paths, leaves, treedef = _trees.flatten(params)
+    try:
+        found = treedef.flatten_up_to(stats)
+    except ValueError as error:
+        raise ValueError(f"stats: of another tree than params ({error})") from error
+    chosen = _trees.select(params, where)
+    return treedef.unflatten(
+        _wanda(path, leaf, stat) if hit and np.any(np.asarray(stat.count)) else _trees.unpruned_score()
+        for path, leaf, stat, hit in zip(paths, leaves, found, chosen, strict=True)
+    )
+
+
+def _wanda(path: str, leaf: Any, stat: Any) -> Float[Array, "..."]:
+    w = jnp.abs(_trees.dense(leaf)).astype(jnp.float32)
+    return w * jnp.sqrt(per_entry(path, w.shape, stat, stat.mean_square))
+
+
+def per_entry(path: str, shape: tuple[int, ...], stat: Any, x: Array) -> Array:
+    """Something known of each input feature, beside the weights of `shape` that read it."""
+    lead = x.ndim - 1
+    summed = [axis % len(shape) for axis in stat.axes]
+    wanted = [n if i in summed or i < lead else 1 for i, n in enumerate(shape)]
+    if int(np.prod(wanted)) != x.size:
+        raise ValueError(
+            f"stats: leaf {path!r} has shape {shape}, its statistics {x.size} features; calibrate again "
+            "with these params"
+        )
+    return x.reshape(wanted)
