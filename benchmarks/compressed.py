@@ -4,7 +4,7 @@
 
 Ratios to the dense function in the same run; below 1 is faster. MiniLM runs where its package is
 installed (see examples/minilm.py), with the mean cosine of its embeddings to the dense ones; the dense
-layers run on qwix's leaves too where that is installed (Python 3.12).
+layers run on qwix's leaves too where that is installed (Python 3.12), and in PyTorch where that is.
 """
 
 import argparse
@@ -76,6 +76,29 @@ def with_qwix(params):
     return found
 
 
+def with_torch(params):
+    """The same layers in PyTorch: its float32, and its dynamic int8."""
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    import numpy as np
+    import torch
+
+    linears = []
+    for w in params.values():
+        linear = torch.nn.Linear(*w.shape, bias=False)
+        linear.weight.data = torch.tensor(np.asarray(w.T))
+        linears += [linear, torch.nn.ReLU()]
+    dense = torch.nn.Sequential(*linears)
+    small = torch.ao.quantization.quantize_dynamic(dense, {torch.nn.Linear}, dtype=torch.qint8)
+
+    def run(model, x):
+        with torch.no_grad():
+            return model(x).numpy()
+
+    of = lambda x: torch.tensor(np.asarray(x))
+    return {"PyTorch: float32": (dense, run, of), "PyTorch: dynamic int8": (small, run, of)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=2048)
@@ -85,7 +108,7 @@ def main():
     params = {f"w{i}": jax.random.normal(k, (n, n)) / n**0.5 for i, k in enumerate(keys)}
     trees = {name: jp.quantize_tree(params, **kw) for name, (kw, _) in KINDS.items()}
     runs = {name: jax.jit(jp.compressed(layers, activations=a)) for name, (_, a) in KINDS.items()}
-    dense, theirs = jax.jit(layers), with_qwix(params)
+    dense, theirs, torchs = jax.jit(layers), with_qwix(params), with_torch(params)
     columns = {}
     for batch in arguments.batches:
         x = jax.random.normal(jax.random.key(1), (batch, n))
@@ -94,6 +117,8 @@ def main():
             calls[name] = lambda name=name, x=x: runs[name](trees[name], x)
         for name, (run, tree) in theirs.items():
             calls[name] = lambda run=run, tree=tree, x=x: run(tree, x)
+        for name, (model, run, of) in torchs.items():
+            calls[name] = lambda model=model, run=run, x=of(x): run(model, x)
         columns[batch] = in_turns(calls)
     table = Table(
         title=f"Four layers of {n}\u00b2 on {jax.default_backend()}: time relative to dense"

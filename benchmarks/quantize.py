@@ -3,6 +3,8 @@
 python benchmarks/quantize.py      # qwix is compared where it is installed (Python 3.12)
 """
 
+import resource
+
 import jax
 import jax.numpy as jnp
 from _timing import in_turns, show
@@ -23,7 +25,21 @@ def with_qwix(params):
     return lambda: [quantize(w) for w in params.values()]
 
 
+def peak_memory():
+    """Bytes above input and output at the highest point, in leaves of the input."""
+    leaf = 4 * WIDTH * WIDTH
+    most = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, on Linux
+    make = jax.jit(lambda key: jax.random.normal(key, (WIDTH, WIDTH)))
+    params = {str(i): make(k) for i, k in enumerate(jax.random.split(jax.random.key(0), LEAVES))}
+    jax.block_until_ready(jp.quantize_tree({"one": params["0"]}))  # compiled, its memory counted
+    before = most()
+    tree = jax.block_until_ready(jp.quantize_tree(params))
+    extra = most() - before - (jp.nbytes(tree) - leaf // 4)
+    print(f"int8: peak memory above input and output: {max(extra, 0) / leaf:.2f} leaves and the first leaf's")
+
+
 def main():
+    peak_memory()
     keys = jax.random.split(jax.random.key(0), LEAVES)
     params = {str(i): jax.random.normal(k, (WIDTH, WIDTH)) for i, k in enumerate(keys)}
     cast = jax.jit(lambda w: (w * 30.0).astype(jnp.int8))
