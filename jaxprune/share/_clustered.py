@@ -1,0 +1,234 @@
+"""The clustered leaf: a codebook, and an index per weight."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from jaxprune import _trees
+from jaxprune.share._bits import Planes, packed, unpacked
+
+_SELECTED = 32  # codewords that are told apart by comparisons; more are gathered
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codebook", "indices"),
+    meta_fields=("bits", "length", "dtype", "dim", "zero", "copies"),
+)
+@dataclass(frozen=True)
+class ClusteredArray:
+    """An array whose entries share the values of a codebook: `codebook[index]`.
+
+    A pytree node that jits, checkpoints and shards like any array. Gradients with respect to the codebook
+    are sums over the entries of each cluster. Its static fields count axes from the end.
+
+    Attributes:
+      codebook: codewords, (axes…, K), or (axes…, stages, K, dim) where entries are the sum of codewords of
+        several stages or where codewords are vectors. `axes` are those of the dense array, of size 1
+        where they share a codebook, groups counted. An array, or a compressed leaf itself.
+      indices: planes of uint8 that hold an index for each entry, packed along the last axis (see
+        `index`).
+      bits: bits of an index, 1 to 8.
+      length: size of the dense last axis.
+      dtype: dtype of the dense array.
+      dim: entries along the last axis that one codeword holds.
+      zero: the first codeword is 0 and stays 0: pruned weights have it.
+      copies: the leading axis whose entries hold copies of one codebook, counted from the end, so that
+        loops over it find one each; their gradients are summed. Or `None`.
+
+    Example:
+      >>> leaf = jp.cluster_tree({"w": jnp.array([[1.0, 1.1], [3.0, 2.9]])}, bits=1)["w"]
+      >>> leaf.codebook.ravel().tolist(), leaf.index().tolist()
+      ([1.0499999523162842, 2.950000047683716], [[0, 0], [1, 1]])
+    """
+
+    codebook: Any
+    indices: Planes
+    bits: int
+    length: int
+    dtype: Any
+    dim: int = 1
+    zero: bool = False
+    copies: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        codebook: Array,
+        index: UInt8[Array, "..."],
+        *,
+        bits: int,
+        dtype: Any,
+        dim: int = 1,
+        zero: bool = False,
+        copies: int | None = None,
+    ) -> "ClusteredArray":
+        """From indices one by one: (…, n), or (…, stages, n / dim)."""
+        length = index.shape[-1] * dim
+        return cls(codebook, packed(index, bits), bits, length, np.dtype(dtype), dim, zero, copies)
+
+    @property
+    def is_plain(self) -> bool:
+        """One number per codeword and one index per entry."""
+        return self.dim == 1 and len(self.codebook.shape) == len(self.indices[0].shape) + 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense array."""
+        lead = self.indices[0].shape[:-1]
+        return (*(lead if self.is_plain else lead[:-1]), self.length)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the dense array."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the dense array."""
+        return int(np.prod(self.shape))
+
+    @property
+    def clusters(self) -> int:
+        """Codewords in a codebook (of one stage)."""
+        return self.codebook.shape[-1 if self.is_plain else -2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codebook and indices."""
+        book = self.codebook
+        own = book.nbytes if hasattr(book, "nbytes") else book.size * book.dtype.itemsize
+        return int(own) + sum(x.size for x in self.indices)
+
+    def index(self) -> UInt8[Array, "..."]:
+        """The index of each entry, (…, n), or (…, stages, n / dim)."""
+        return unpacked(self.indices, self.bits, self.length // self.dim)
+
+    def codewords(self) -> Float[Array, "..."]:
+        """The codebook, dense, its zero in place, with gradients of copies summed."""
+        book = jnp.asarray(_trees.dense(self.codebook))
+        if self.copies is not None and self.ndim == -self.copies and book.shape[0] > 1:
+            mean, count = jnp.mean(book, 0, keepdims=True), book.shape[0]
+            summed = mean + (count - 1) * (mean - jax.lax.stop_gradient(mean))
+            book = jnp.broadcast_to(summed, book.shape)
+        if self.zero:
+            axis = book.ndim - (1 if self.is_plain else 2)
+            first = jax.lax.broadcasted_iota(jnp.int32, book.shape, axis) == 0
+            book = jnp.where(first, 0, book)
+        return book
+
+    def materialize(self) -> Float[Array, "..."]:
+        """The dense array, of `shape` and `dtype`."""
+        if self.ndim == 0 or 0 in self.shape:
+            return jnp.zeros(self.shape, self.dtype)
+        book, index = self.codewords(), self.index()
+        if self.is_plain:
+            return looked_up(book, index).astype(self.dtype)
+        *axes, stages, count, dim = book.shape
+        first = count * jnp.arange(int(np.prod(axes)) * stages).reshape(*axes[:-1], stages, 1)
+        place = index.astype(jnp.int32) + _spread(first, index.shape)
+        found = book.reshape(-1, dim)[place].sum(-3)  # (…, stages, n / dim, dim), stages are summed
+        return found.reshape(self.shape).astype(self.dtype)
+
+    def __getitem__(self, index: int | slice) -> "ClusteredArray":
+        """Entries along the leading axis, still clustered; the last axis cannot be indexed so."""
+        if self.ndim < 2 or not isinstance(index, (int, slice, np.integer)):
+            raise TypeError(
+                f"index: expected an int or a slice along the first of at least two axes, got "
+                f"{index!r} for shape {self.shape}; use materialize()[...] for anything else"
+            )
+        n, book = self.shape[0], jnp.asarray(_trees.dense(self.codebook))
+        if book.shape[0] not in (1, n):
+            raise TypeError("index: groups lie along the first axis; use materialize()[...]")
+        whole = isinstance(index, slice)
+        book = book[index] if book.shape[0] == n else (book if whole else book[0])
+        return replace(self, codebook=book, indices=tuple(x[index] for x in self.indices))
+
+    def astype(self, dtype: Any) -> "ClusteredArray":
+        """The same clusters, standing for an array of another float type."""
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"dtype: expected a float type, got {dtype}; use materialize() first")
+        return replace(self, dtype=np.dtype(dtype))
+
+    def reshape(self, *shape: Any) -> "ClusteredArray":
+        """Another shape with the same last axis, still clustered, if one codebook serves all.
+
+        Raises:
+          TypeError: the last axis changes, or there are several codebooks.
+        """
+        wanted = tuple(shape[0]) if len(shape) == 1 and np.ndim(shape[0]) else shape
+        wanted = tuple(int(n) for n in wanted)
+        book = jnp.asarray(_trees.dense(self.codebook))
+        if self.copies is not None and book.shape[0] > 1:
+            book = self.codewords()[:1]
+        single = int(np.prod(book.shape[: self.ndim])) == 1
+        if not single or wanted[-1:] != self.shape[-1:] or np.prod(wanted) != self.size:
+            raise TypeError(
+                f"reshape: {self.shape} to {wanted} would part indices of one byte or codebook; "
+                "use materialize().reshape(...)"
+            )
+        rest = book.shape[self.ndim :]
+        extra = 0 if self.is_plain else 1
+        planes = [x.reshape(*wanted[:-1], *x.shape[x.ndim - 1 - extra :]) for x in self.indices]
+        book = book.reshape(*(1 for _ in wanted), *rest)
+        return replace(self, codebook=book, indices=tuple(planes), copies=None)
+
+    def block(self, start: Any, size: int) -> "ClusteredArray":
+        """`size` entries of the leading axis from `start` (may be traced), still clustered.
+
+        Raises:
+          TypeError: the leading axis is packed, or has groups.
+        """
+        book = jnp.asarray(_trees.dense(self.codebook))
+        if self.ndim < 2 or book.shape[0] not in (1, self.shape[0]):
+            raise TypeError(f"block: cuts through groups or bytes of shape {self.shape}")
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
+        book = book if book.shape[0] == 1 else cut(book)
+        return replace(self, codebook=book, indices=tuple(cut(x) for x in self.indices))
+
+    def stacked(self) -> "ClusteredArray":
+        """With a codebook for each entry of the leading axis, as loops over it need."""
+        book = self.codewords()
+        book = jnp.broadcast_to(book, (self.shape[0], *book.shape[1:]))
+        return replace(self, codebook=book, copies=None)
+
+    def quantized(self, quantize: Any) -> "ClusteredArray":
+        """With a codebook that is quantized by `quantize(array)`, one scale for all of it."""
+        return replace(self, codebook=quantize(_trees.dense(self.codebook)))
+
+
+def looked_up(book: Float[Array, "..."], index: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    """Codewords of indices; the codebook has the axes of `index`, of size 1 or groups, and one more."""
+    count = book.shape[-1]
+    if count <= _SELECTED:
+        return _selected(_spread(book, (*index.shape, count)), index)
+    first = count * jnp.arange(book.size // count).reshape(book.shape[:-1])
+    place = index.astype(jnp.int32) + _spread(first, index.shape)
+    return book.reshape(-1)[place]
+
+
+def _spread(x: Array, shape: tuple[int, ...]) -> Array:
+    """What belongs to groups along some axes, repeated to one for each entry; or shared, of size 1."""
+    for axis, n in enumerate(shape):
+        if x.shape[axis] not in (1, n):
+            x = jnp.repeat(x, n // x.shape[axis], axis=axis)
+    return x
+
+
+def _selected(book: Array, index: Array) -> Array:
+    """A tree of selections, bit by bit: vector instructions have no fast look-up."""
+    words = [book[..., i] for i in range(book.shape[-1])]
+    bit = 0
+    while len(words) > 1:
+        odd = (index >> bit) & 1 == 1
+        pairs = [
+            jnp.where(odd, words[i + 1], words[i]) if i + 1 < len(words) else words[i]
+            for i in range(0, len(words), 2)
+        ]
+        words, bit = pairs, bit + 1
+    return jnp.broadcast_to(words[0], index.shape)
