@@ -16,6 +16,7 @@ from jaxprune import (
     quantize,
     schedules,
     scores,
+    share,
     structure,
 )
 from jaxprune.calibration import calibrate, quantize_activations
@@ -37,16 +38,19 @@ from jaxprune.quantize import (
 )
 from jaxprune.reports import nbytes, report
 from jaxprune.runtime import compressed
+from jaxprune.share import ClusteredArray, cluster_tree, materialize_tree
 from jaxprune.structure import compact
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClusteredArray",
     "QuantizedArray",
     "apply_masks",
     "budgets",
     "calibrate",
     "calibration",
+    "cluster_tree",
     "compact",
     "compressed",
     "dequantize_tree",
@@ -55,6 +59,7 @@ __all__ = [
     "fake_quantize_tree",
     "masked_update",
     "masks",
+    "materialize_tree",
     "nbytes",
     "nnx",
     "optim",
@@ -67,6 +72,7 @@ __all__ = [
     "report",
     "schedules",
     "scores",
+    "share",
     "sparsity",
     "structure",
     "trace",

@@ -15,6 +15,7 @@ LAYERS = {
     "budgets": 1,
     "masks": 1,
     "quantize": 1,
+    "share": 1,
     "graph": 1,
     "calibration": 2,
     "structure": 2,

@@ -304,9 +304,13 @@ def _leading(held: Held, start: Any, size: int) -> list[Any] | None:
 
 def unstacked(held: Held) -> Held | None:
     """A stack of layers as each turn of a scan reads its slice; `None` where that is no view."""
-    parts = jax.tree.leaves(held.array)
     rank, length = len(held.order), held.shape[0] if held.order else 0
-    if rank < 2 or held.order[0] != -rank or any(np.shape(x)[:1] != (length,) for x in parts):
+    if rank < 2 or held.order[0] != -rank:
+        return None
+    if hasattr(type(held.array), "stacked"):
+        held = replace(held, array=held.array.stacked())
+    parts = jax.tree.leaves(held.array)
+    if any(np.shape(x)[:1] != (length,) for x in parts):
         return None
     notes = jax.tree.map(lambda x: x if jnp.ndim(x) else jnp.broadcast_to(x, (length,)), held.note)
     return replace(held, order=held.order[1:], note=notes)

@@ -211,8 +211,7 @@ def levels_by_place(x: QuantizedArray) -> list[Levels]:
     if per == 1:
         return [Levels(x.values, x.scale, x.zero_point, x.spec)]
     found = []
-    for i, codes in enumerate(fields(x.values, x.spec.width)):
-        codes = codes & 15 if x.spec.format == "nf4" else codes
+    for i, codes in enumerate(fields(x.values, x.spec.width, signed=x.spec.format != "nf4")):
         own = lambda y, i=i: strided(y, i, per, x.length)
         zero = None if x.zero_point is None else own(x.zero_point)
         found.append(Levels(codes, own(x.scale), zero, x.spec))

@@ -40,10 +40,15 @@ def unpack(
     return flat[..., :length]
 
 
-def fields(packed: UInt8[Array, "*lead bytes"], width: int) -> list[Int8[Array, "*lead bytes"]]:
-    """The signed integers of each place in the bytes: `unpack` before they are put side by side.
+def fields(
+    packed: UInt8[Array, "*lead bytes"], width: int, *, signed: bool
+) -> list[Int8[Array, "*lead bytes"]]:
+    """The integers of each place in the bytes: `unpack` before they are put side by side.
 
     `jnp.stack(fields(x, w), -1)`, flattened along the last two axes and cut, is `unpack(x, w, n)`.
     """
-    lifted = [packed << (8 - width - i * width) for i in range(8 // width)]
+    places = range(8 // width)
+    if not signed:
+        return [((packed >> i * width) & ((1 << width) - 1)).astype(jnp.int8) for i in places]
+    lifted = [packed << (8 - width - i * width) for i in places]
     return [jax.lax.bitcast_convert_type(x, jnp.int8) >> (8 - width) for x in lifted]

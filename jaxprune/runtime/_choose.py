@@ -23,7 +23,9 @@ from jaxprune.graph import Layout
 from jaxprune.quantize import DynamicInput, InputScale, QuantizedArray
 from jaxprune.runtime import _lowerings
 from jaxprune.runtime._activations import How
+from jaxprune.share import SELECTED, SELECTED_BYTES, ClusteredArray
 
+Leaf = QuantizedArray | ClusteredArray
 _INTEGER = ("int8", "int4", "int2")
 LONGEST = (2**31 - 1) // (127 * 128)  # products of 8-bit integers that 32 bits hold
 _LARGE = 2**18  # entries of an operand worth keeping from being computed again
@@ -39,12 +41,18 @@ DEFAULTS: dict[str, Thresholds] = {
         "packed integers": [(-1, "two_planes")],
         "groups of integers": [(32, "groups"), (-1, "block_planes")],
         "other codes": [(32, "blocks"), (-1, "block_planes")],
+        "levels": [(-1, "block_planes")],
+        "codewords": [(-1, "block_planes")],
+        "many codewords": [(16, "blocks"), (-1, "block_planes")],
     },
     "other": {
         "integers": [(-1, "converted")],
         "packed integers": [(-1, "converted")],
         "groups of integers": [(-1, "dense")],
         "other codes": [(-1, "dense")],
+        "levels": [(-1, "dense")],
+        "codewords": [(-1, "dense")],
+        "many codewords": [(-1, "dense")],
     },
 }
 
@@ -106,13 +114,21 @@ def thresholds(backend: str) -> Thresholds:
     return {**base, **measured} if known else base
 
 
-def kind_of(w: QuantizedArray, layout: Layout) -> tuple[str, str]:
+def kind_of(w: Leaf, layout: Layout) -> tuple[str, str]:
     """The kind of codes, as thresholds name it, and what keeps them from being integers in a product."""
     separated = _lowerings.separated(w, layout)
+    if isinstance(w, ClusteredArray):
+        few = w.clusters <= SELECTED_BYTES and layout.depth <= LONGEST
+        if few and not isinstance(separated, str):
+            return "packed integers", ""
+        reason = separated if isinstance(separated, str) else "many codewords"
+        return ("codewords" if w.clusters <= SELECTED else "many codewords"), reason
     if isinstance(separated, str):
         along = w.ndim == 2 and layout.contract == (0,) and w.spec.format in _INTEGER
         worth = along and w.shape[0] // w.scale.shape[0] >= _GROUP
         return ("groups of integers" if worth else "other codes"), separated
+    if w.spec.format == "nf4" and separated[0] is None:
+        return "levels", "nf4 codes are no integers"
     if w.spec.format not in _INTEGER:
         return "other codes", f"{w.spec.format} codes are no integers"
     if layout.depth > LONGEST:
@@ -120,7 +136,7 @@ def kind_of(w: QuantizedArray, layout: Layout) -> tuple[str, str]:
     return ("integers" if w.spec.width == 8 else "packed integers"), ""
 
 
-def lowering_for(w: QuantizedArray, how: How, layout: Layout) -> tuple[str, str]:
+def lowering_for(w: Leaf, how: How, layout: Layout) -> tuple[str, str]:
     """A lowering's name and the reason."""
     backend = jax.default_backend()
     kind, reason = kind_of(w, layout)
@@ -132,7 +148,8 @@ def lowering_for(w: QuantizedArray, how: How, layout: Layout) -> tuple[str, str]
         if inner is None:
             return "integer", "activations by their calibrated scale"
         return "two_planes", "calibrated activations, times scales of the contracted indices"
-    both = w.spec.format == "float8_e4m3fn" and how == DynamicInput("float8_e4m3fn")
+    clusters = isinstance(w, ClusteredArray)
+    both = not clusters and w.spec.format == "float8_e4m3fn" and how == DynamicInput("float8_e4m3fn")
     factors = _lowerings.separated(w, layout)
     if both and backend != "cpu" and not isinstance(factors, str) and factors[0] is None:
         return "float8", "both operands in float8, one scale per row"
@@ -140,7 +157,7 @@ def lowering_for(w: QuantizedArray, how: How, layout: Layout) -> tuple[str, str]
     name = next(name for most, name in rules if layout.rows <= most or most < 0)
     if name == "block_planes" and layout.depth > LONGEST:
         name = "blocks"
-    numbers = w.spec.format != "nf4" and not isinstance(_lowerings.separated(w, layout), str)
+    numbers = not clusters and w.spec.format != "nf4" and not isinstance(_lowerings.separated(w, layout), str)
     if name == "dense" and numbers:
         name = "converted"
     return name, f"{reason}: {_WHY[name]}" if reason else _WHY[name]
@@ -151,7 +168,7 @@ def dense_bytes(array: CompressedArray) -> int:
     return int(np.prod(array.shape)) * np.dtype(array.dtype).itemsize
 
 
-def run(name: str, x: Any, w: QuantizedArray, layout: Layout, how: How) -> jax.Array:
+def run(name: str, x: Any, w: Leaf, layout: Layout, how: How) -> jax.Array:
     """A product by its lowering, `x` and result as the lowerings have them.
 
     Its derivative is that of the product with the dense array.

@@ -32,6 +32,7 @@ from jaxprune.runtime._activations import How, rounded
 from jaxprune.runtime._choose import Choice, dense_bytes, lowering_for, run
 from jaxprune.runtime._convolve import convolution_for, convolved
 from jaxprune.runtime._rows import looked_up
+from jaxprune.share import ClusteredArray
 
 _WARN_BYTES = 64 * 2**20
 
@@ -148,14 +149,14 @@ class _Run:
         how = self._how(held)
         shapes = (x.shape, held.shape)
         layout = layout_of(operation, held, x, side)
-        if not isinstance(held.array, QuantizedArray):
+        if not _has_products(held.array):
             if how is None:
                 return Found(why=f"no product of its own for {type(held.array).__name__}")
             self._note(operation, held, shapes, "rounded", "activations are rounded first")
             axes = operation.params["dimension_numbers"][0][1 - side]
             pair = [rounded(x, tuple(axes), how), held.materialize()]
             return Found(run_operation(operation, pair if side else pair[::-1]))
-        packed = held.array.spec.width < 8 and len(layout.shape) - 1 in layout.batch
+        packed = _is_packed(held.array) and len(layout.shape) - 1 in layout.batch
         if packed or len(layout.shape) < 2:
             return Found(why="codes of one byte belong to different products")
         name, why = lowering_for(held.array, how, layout)
@@ -170,7 +171,7 @@ class _Run:
     def _convolution(self, operation: Operation, x: Any, held: Held) -> Found:
         """A convolution of perhaps rounded activations."""
         how = self._how(held)
-        if not isinstance(held.array, QuantizedArray) and how is None:
+        if not _has_products(held.array) and how is None:
             return Found(why=f"no convolution of its own for {type(held.array).__name__}")
         name, why = convolution_for(operation, x, held, how)
         self._note(operation, held, (x.shape, held.shape), name, why)
@@ -182,7 +183,7 @@ class _Run:
         sizes, rank = tuple(operation.params["slice_sizes"]), len(held.shape)
         lead = np.ndim(index) - 1
         rows = (
-            isinstance(held.array, QuantizedArray)
+            _has_products(held.array)
             and rank >= 2
             and held.is_straight
             and tuple(spec.collapsed_slice_dims) == (0,)
@@ -204,6 +205,17 @@ class _Run:
         why = "only rows are made dense"
         self._note(operation, held, (held.shape, np.shape(index)), "rows", why)
         return [found]
+
+
+def _has_products(array: Any) -> bool:
+    return isinstance(array, QuantizedArray) or (
+        isinstance(array, ClusteredArray) and array.is_plain
+    )
+
+
+def _is_packed(array: QuantizedArray | ClusteredArray) -> bool:
+    bits = array.bits if isinstance(array, ClusteredArray) else array.spec.width
+    return bits < 8
 
 
 def hold(leaf: Any, path: str) -> Any:

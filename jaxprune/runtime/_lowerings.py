@@ -1,4 +1,4 @@
-"""Ways to multiply by a quantized array.
+"""Ways to multiply by a quantized or clustered array.
 
 Each takes `x` of shape (batch…, rows, contracted…), the array and the layout of the product, and gives
 (batch…, rows, free…) in float32.
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxprune.graph import Layout
-from jaxprune.quantize import InputScale, Levels, QuantizedArray, largest_values
+from jaxprune.quantize import InputScale, Levels, QuantizedArray
 from jaxprune.runtime._activations import (
     STEPS,
     How,
@@ -19,15 +19,22 @@ from jaxprune.runtime._activations import (
     row_scale,
     with_known_scale,
 )
+from jaxprune.runtime._readers import Part, integer_book, largest, scale_of_integers
 from jaxprune.runtime._sweep import sweep
+from jaxprune.share import ClusteredArray
 
+Compressed = QuantizedArray | ClusteredArray
 _FEW = 2  # integer products of fewer rows run slower than of these
 
 
-def separated(w: QuantizedArray, layout: Layout) -> tuple[Array | None, Array | None] | str:
+def separated(w: Compressed, layout: Layout) -> tuple[Array | None, Array | None] | str:
     """Scales of the contracted indices and of the results, as stored, where the scales of the codes are
     one or the other; else the reason why they do not factor out of the product.
     """
+    if isinstance(w, ClusteredArray):
+        if integer_book(w) is None:
+            return "codewords are any numbers"
+        return None, scale_of_integers(w).astype(jnp.float32)
     shape = w.scale.shape
     if any(n not in (1, m) for n, m in zip(shape, w.shape, strict=True)):
         return "scales differ within groups"
@@ -39,7 +46,7 @@ def separated(w: QuantizedArray, layout: Layout) -> tuple[Array | None, Array | 
     return "scales differ along contracted and other axes together"
 
 
-def two_planes(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+def two_planes(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
     """Activations as the sum of two 8-bit planes, 15 bits and a sign: two integer products in one."""
     inner, _ = _factors(w, layout)
     axes = _contracted(x, layout)
@@ -47,7 +54,7 @@ def two_planes(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
     return _integer(in_planes(x, axes, 2), w, layout)
 
 
-def integer(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+def integer(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
     """Activations in 8 bits, by their known scale or one scale for each row, and an integer product."""
     inner, _ = _factors(w, layout)
     if isinstance(how, InputScale):
@@ -57,7 +64,7 @@ def integer(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
     return _integer(in_planes(_times_inner(x, inner, layout), axes, 1), w, layout)
 
 
-def _integer(planes: Planes, w: QuantizedArray, layout: Layout) -> Array:
+def _integer(planes: Planes, w: Compressed, layout: Layout) -> Array:
     _, outer = _factors(w, layout)
     shape = planes.codes[0].shape[1:]
     rows = len(layout.batch)
@@ -68,13 +75,14 @@ def _integer(planes: Planes, w: QuantizedArray, layout: Layout) -> Array:
         ones = jnp.ones((1, *shape[:rows], _FEW, *shape[rows + 1 :]), jnp.int8)
         sums = _added(sweep([ones], w, None, layout, multiply), len(layout.batch), 1)
         y = y - sums * planes.zero
-    if w.zero_point is not None:
-        y = y - _offset(_value(planes), w.zero_point.astype(jnp.float32), layout)
+    zero = _zero_of(w)
+    if zero is not None:
+        y = y - _offset(_value(planes), zero, layout)
     y = y * _over_free(planes.scale, layout)
     return y if outer is None else y * _beside(outer, layout)
 
 
-def converted(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+def converted(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
     """Codes converted to floats, a float product, and scales applied to its result."""
     inner, outer = _factors(w, layout)
     x = rounded(x, _contracted(x, layout), how)
@@ -85,8 +93,9 @@ def converted(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
     ]
     y = sweep([x[None]], w, None, layout, multiply, block=None, bits=False)
     y = _added(y, len(layout.batch), layout.rows)
-    if w.zero_point is not None:
-        y = y - _offset(x, w.zero_point.astype(jnp.float32), layout)
+    zero = _zero_of(w)
+    if zero is not None:
+        y = y - _offset(x, zero, layout)
     return y if outer is None else y * _beside(outer, layout)
 
 
@@ -116,17 +125,17 @@ def groups(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
             y = y - sums * part.zero_point.astype(jnp.float32)
         return y * part.scale.astype(jnp.float32)
 
-    multiply = lambda xs, part, _: [product(x, part) for x in xs]
+    multiply = lambda xs, part, _: [product(x, part.levels) for x in xs]
     codes = [_padded(x, 1) for x in planes.codes]
     y = sweep(codes, w, None, layout, multiply, block=w.size // w.scale.shape[0])
     return _added(y, 0, layout.rows) * _over_free(planes.scale, layout)
 
 
-def blocks(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+def blocks(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
     """Block by block made dense, in a processor's cache, and a float product."""
     x = rounded(x, _contracted(x, layout), how)
     factors = separated(w, layout)
-    if isinstance(factors, str) or w.zero_point is not None:
+    if isinstance(factors, str) or _zero_of(w) is not None:
         multiply = lambda xs, part, _: [
             layout.of(part.codes).dot(x, part.values(), jnp.float32) for x in xs
         ]
@@ -134,43 +143,53 @@ def blocks(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
     inner, outer = factors
     one = jnp.ones((1,) * w.ndim, jnp.float32)
     multiply = lambda xs, part, _: [
-        layout.of(part.codes).dot(x, part._replace(scale=one).values(), jnp.float32) for x in xs
+        layout.of(part.codes).dot(x, part.levels._replace(scale=one).values(), jnp.float32)
+        for x in xs
     ]
     x = _times_inner(x, inner, layout)
     y = _added(sweep([x[None]], w, None, layout, multiply), len(layout.batch), layout.rows)
     return y if outer is None else y * _beside(outer, layout)
 
 
-def block_planes(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+def block_planes(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
     """Block by block made dense and rounded to two 8-bit planes, and three integer products with the
     activations in two: float precision of about 4 digits at the speed of integer products.
     """
     axes = _contracted(x, layout)
     planes = in_planes(rounded(x, axes, how), axes, 2)
-    bound = largest_values(w, layout.contract)
+    bound = largest(w, layout.contract)
     bound = jnp.where(bound == 0, 1.0, bound)
+    factors = separated(w, layout)
+    levels = isinstance(w, QuantizedArray) and w.spec.format == "nf4"
+    by_level = levels and not isinstance(factors, str) and factors[0] is None
+    extra = None if by_level else bound
 
-    def multiply(xs: list[Array], part: Levels, bound: Array) -> list[Array]:
-        values = part.values() * (127.0 / bound)
-        first = jnp.round(values)
-        second = jnp.round((values - first) * STEPS).astype(jnp.int8)
+    def multiply(xs: list[Array], part: Part, bound: Array | None) -> list[Array]:
+        first, second = part.planes(bound)
         inner, at = layout.of(part.codes), len(layout.batch)
-        high = [inner.dot(x, first.astype(jnp.int8), jnp.int32) for x in xs]
-        low = inner.dot(xs[0][:1], second, jnp.int32).astype(jnp.float32)
+        high = [inner.dot(x, first, jnp.int32) for x in xs]
+        some = xs[0] if layout.rows < _FEW else xs[0][:1]
+        low = inner.dot(some, second, jnp.int32).astype(jnp.float32)
+        low = jax.lax.slice_in_dim(low, 0, 1, axis=at)
         return [_sum_of_planes(high, at, low)]
 
-    y = _added(sweep(planes.codes, w, bound, layout, multiply), len(layout.batch), layout.rows)
+    y = _added(sweep(planes.codes, w, extra, layout, multiply), len(layout.batch), layout.rows)
     return y * _over_free(planes.scale, layout) * _beside(bound / 127.0, layout)
 
 
-def dense(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+def dense(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
     """The whole array made dense: what the other ways compute, and what their derivatives are."""
     x = rounded(x, _contracted(x, layout), how)
     y = layout.dot(x[None], w.materialize().astype(jnp.float32), jnp.float32)
     return _added([y], len(layout.batch), layout.rows)
 
 
-def _factors(w: QuantizedArray, layout: Layout) -> tuple[Array | None, Array | None]:
+def _zero_of(w: Compressed) -> Array | None:
+    zero = None if isinstance(w, ClusteredArray) else w.zero_point
+    return None if zero is None else zero.astype(jnp.float32)
+
+
+def _factors(w: Compressed, layout: Layout) -> tuple[Array | None, Array | None]:
     found = separated(w, layout)
     assert not isinstance(found, str), found
     return found

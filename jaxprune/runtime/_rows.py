@@ -1,18 +1,23 @@
-"""Rows of quantized arrays."""
+"""Rows of compressed arrays."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune.quantize import QuantizedArray
+from jaxprune.share import ClusteredArray
 
 
-def looked_up(array: QuantizedArray, index: jax.Array) -> jax.Array:
+def looked_up(array: QuantizedArray | ClusteredArray, index: jax.Array) -> jax.Array:
     """Entries of the leading axis, made dense after they are taken.
 
     `index` has any shape and lies within bounds; the result is (index…, rest…).
     """
     n = array.shape[0]
     flat = index.reshape(-1)
+    if isinstance(array, ClusteredArray):
+        return _looked_up_clusters(array, flat).reshape(*index.shape, *array.shape[1:])
 
     def take(x: jax.Array) -> jax.Array:
         ratio = n // x.shape[0]  # a scale for all, for each, or for each group
@@ -30,3 +35,12 @@ def looked_up(array: QuantizedArray, index: jax.Array) -> jax.Array:
         )
     )
     return rows[:, 0].reshape(*index.shape, *array.shape[1:])
+
+
+def _looked_up_clusters(array: ClusteredArray, index: jax.Array) -> jax.Array:
+    """Rows (n, rest…) of a clustered array; groups along the leading axis have codebooks of their own."""
+    book = array.codewords()
+    planes = tuple(jnp.take(x, index, axis=0) for x in array.indices)
+    if book.shape[0] > 1:
+        book = jnp.take(book, index // (array.shape[0] // book.shape[0]), axis=0)
+    return replace(array, codebook=book, indices=planes, copies=None).materialize()

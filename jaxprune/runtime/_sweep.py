@@ -6,7 +6,6 @@ place: what they multiply is put in that order, or the results of each place are
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,25 +13,18 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxprune.graph import Layout
-from jaxprune.quantize import (
-    Levels,
-    QuantizedArray,
-    by_place,
-    joined_levels,
-    leading_block,
-    levels_by_place,
-    strided,
-)
+from jaxprune.quantize import leading_block
+from jaxprune.runtime._readers import Part, Reader, leading, reader_of
 
 BLOCK = 2**21  # entries that become numbers at a time
 
-Multiply = Callable[[list[Array], Levels, Any], list[Array]]
+Multiply = Callable[[list[Array], Part, Any], list[Array]]
 """`(xs, codes of a block, extra) -> results`, each x and result as in `_layout`."""
 
 
 def sweep(
     xs: list[Array],
-    w: QuantizedArray,
+    w: Any,
     extra: Any,
     layout: Layout,
     multiply: Multiply,
@@ -52,34 +44,30 @@ def sweep(
       bits: give float8 codes as their bits.
     """
     n = layout.shape[0]
-    if bits and w.spec.format == "float8_e4m3fn":  # loops over bits are faster than over float8
-        w = replace(w, values=jax.lax.bitcast_convert_type(w.values, jnp.uint8))
-    last, per = len(layout.shape) - 1, 8 // w.spec.width
+    reader = reader_of(w, bits=bits)
+    w, per, last = reader.array, reader.per, len(layout.shape) - 1
     # reordering rows costs about four times as much per entry as unpacking codes in order
     in_order = per > 1 and 4 * sum(x.size for x in xs) > w.size
     if last in layout.contract and not in_order:
-        xs = [by_place(x, per, layout.x_axis(last)) for x in xs]
-    step = n // _groups(w, n)
-    size = _block_size(w, n, step, block)
+        xs = [reader.ordered(x, layout.x_axis(last)) for x in xs]
+    size = _block_size(reader, n, block)
 
     def one(start: Any, length: int) -> list[Array]:
-        piece = w.leading(start, length) if w.ndim > 1 else w
+        piece = leading(w, start, length) if w.ndim > 1 else w
         rows = xs
         if 0 not in layout.free and w.ndim > 1:
             axis = layout.x_axis(0)
             rows = [jax.lax.dynamic_slice_in_dim(x, start, length, axis) for x in xs]
         cut = jax.tree.map(lambda y: leading_block(y, n, start, length), extra)
         if last not in layout.free and in_order:
-            return multiply(
-                rows, Levels(piece.levels(), piece.scale, piece.zero_point, w.spec), cut
-            )
+            return multiply(rows, reader.in_order(piece), cut)
         if last not in layout.free:
-            return multiply(rows, joined_levels(piece), cut)
-        own = lambda i: jax.tree.map(lambda y: strided(y, i, per, w.length), cut)
-        found = [multiply(rows, p, own(i)) for i, p in enumerate(levels_by_place(piece))]
+            return multiply(rows, reader.joined(piece), cut)
+        own = lambda i: jax.tree.map(lambda y: reader.own(y, i), cut)
+        found = [multiply(rows, p, own(i)) for i, p in enumerate(reader.by_place(piece))]
         if per == 1:
             return found[0]
-        return [_interleaved(ys, w.length) for ys in zip(*found, strict=True)]
+        return [reader.together(ys) for ys in zip(*found, strict=True)]
 
     count, rest = divmod(n, size)
     if count <= 1 and not rest:
@@ -101,21 +89,11 @@ def sweep(
     return [jnp.concatenate([a, b], axis) for a, b in zip(joined, tail, strict=True)]
 
 
-def _interleaved(ys: tuple[Array, ...], length: int) -> Array:
-    """Results of each place in the bytes, in order."""
-    joined = jnp.stack(ys, -1)  # (…, bytes, places)
-    return joined.reshape(*joined.shape[:-2], -1)[..., :length]
-
-
-def _groups(w: QuantizedArray, n: int) -> int:
-    count = w.scale.shape[0] if w.ndim else 1
-    return count if count not in (0, 1) and n % count == 0 else 1
-
-
-def _block_size(w: QuantizedArray, n: int, step: int, block: int | None) -> int:
+def _block_size(reader: Reader, n: int, block: int | None) -> int:
     """Entries of the leading axis per block: whole groups, and blocks as equal as can be."""
+    w, groups = reader.array, reader.groups
     if block is None or w.ndim < 2 or w.size <= block or n == 0:
         return max(n, 1)
-    step = 1 if step == n else step
+    step = n // groups if groups > 1 and n % groups == 0 else 1
     count = -(-w.size // block)
     return min(-(-n // count // step) * step if n // count >= step else step, n)

@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from jaxprune import _trees
-from jaxprune.share._bits import Planes, packed, unpacked
+from jaxprune.share._bits import Planes, packed, places, unpacked
 
-_SELECTED = 32  # codewords that are told apart by comparisons; more are gathered
+SELECTED = 16  # codewords that are told apart by comparisons; more are gathered
+SELECTED_BYTES = 32  # the same of codewords of one byte
 
 
 @partial(
@@ -128,7 +129,7 @@ class ClusteredArray:
             return jnp.zeros(self.shape, self.dtype)
         book, index = self.codewords(), self.index()
         if self.is_plain:
-            return looked_up(book, index).astype(self.dtype)
+            return codewords_at(book, index).astype(self.dtype)
         *axes, stages, count, dim = book.shape
         first = count * jnp.arange(int(np.prod(axes)) * stages).reshape(*axes[:-1], stages, 1)
         place = index.astype(jnp.int32) + _spread(first, index.shape)
@@ -192,9 +193,10 @@ class ClusteredArray:
         return replace(self, codebook=book, indices=tuple(cut(x) for x in self.indices))
 
     def stacked(self) -> "ClusteredArray":
-        """With a codebook for each entry of the leading axis, as loops over it need."""
+        """With a codebook for each entry of the leading axis, as loops over it need; groups stay."""
         book = self.codewords()
-        book = jnp.broadcast_to(book, (self.shape[0], *book.shape[1:]))
+        if book.shape[0] == 1:
+            book = jnp.broadcast_to(book, (self.shape[0], *book.shape[1:]))
         return replace(self, codebook=book, copies=None)
 
     def quantized(self, quantize: Any) -> "ClusteredArray":
@@ -202,10 +204,15 @@ class ClusteredArray:
         return replace(self, codebook=quantize(_trees.dense(self.codebook)))
 
 
-def looked_up(book: Float[Array, "..."], index: UInt8[Array, "..."]) -> Float[Array, "..."]:
+def index_places(x: ClusteredArray) -> list[Array]:
+    """The indices of each place in the bytes: side by side they are all, in order, and padding."""
+    return places(x.indices, x.bits)
+
+
+def codewords_at(book: Float[Array, "..."], index: UInt8[Array, "..."]) -> Float[Array, "..."]:
     """Codewords of indices; the codebook has the axes of `index`, of size 1 or groups, and one more."""
     count = book.shape[-1]
-    if count <= _SELECTED:
+    if count <= (SELECTED_BYTES if book.dtype.itemsize == 1 else SELECTED):
         return _selected(_spread(book, (*index.shape, count)), index)
     first = count * jnp.arange(book.size // count).reshape(book.shape[:-1])
     place = index.astype(jnp.int32) + _spread(first, index.shape)
