@@ -38,13 +38,21 @@ from jaxprune.quantize import (
 )
 from jaxprune.reports import nbytes, report
 from jaxprune.runtime import compressed
-from jaxprune.share import ClusteredArray, cluster_tree, materialize_tree
+from jaxprune.share import (
+    ClusteredArray,
+    LowRankArray,
+    cluster_tree,
+    factorize_tree,
+    materialize_tree,
+    tie_tree,
+)
 from jaxprune.structure import compact
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClusteredArray",
+    "LowRankArray",
     "QuantizedArray",
     "apply_masks",
     "budgets",
@@ -55,6 +63,7 @@ __all__ = [
     "compressed",
     "dequantize_tree",
     "export",
+    "factorize_tree",
     "fake_quantize",
     "fake_quantize_tree",
     "masked_update",
@@ -75,6 +84,7 @@ __all__ = [
     "share",
     "sparsity",
     "structure",
+    "tie_tree",
     "trace",
     "unpack_masks",
 ]

@@ -308,7 +308,10 @@ def unstacked(held: Held) -> Held | None:
     if rank < 2 or held.order[0] != -rank:
         return None
     if hasattr(type(held.array), "stacked"):
-        held = replace(held, array=held.array.stacked())
+        layers = held.array.stacked()
+        if layers is None:
+            return None
+        held = replace(held, array=layers)
     parts = jax.tree.leaves(held.array)
     if any(np.shape(x)[:1] != (length,) for x in parts):
         return None

@@ -9,5 +9,22 @@ from jaxprune.share._clustered import (
     codewords_at,
     index_places,
 )
+from jaxprune.share._factorize_tree import factorize_tree, ranks_table
+from jaxprune.share._low_rank import LowRankArray, TuckerArray
+from jaxprune.share._similarity import Similarity, similarities, similarity_table
+from jaxprune.share._tie_tree import tie_tree
+from jaxprune.share._tied import Tie, TiedLayers, TiedTree
+from jaxprune.share._vectors import assigned, line_start, line_turn
 
-__all__ = ["ClusteredArray"]
+__all__ = [
+    "ClusteredArray",
+    "LowRankArray",
+    "Similarity",
+    "Tie",
+    "TiedLayers",
+    "TiedTree",
+    "TuckerArray",
+    "ranks_table",
+    "similarities",
+    "similarity_table",
+]
