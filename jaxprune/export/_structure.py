@@ -7,6 +7,7 @@ None, named tuples, Flax `FrozenDict` and `nnx.State`, and this library's compre
 import dataclasses
 import importlib
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,8 +24,18 @@ from jaxprune.quantize import (
     QuantizedArray,
     Spec,
 )
+from jaxprune.share import (
+    ClusteredArray,
+    LowRankArray,
+    Tie,
+    TiedLayers,
+    TiedTree,
+    TuckerArray,
+    packed,
+)
 
 _TRUSTED = ("chex", "flax", "jax", "jaxprune", "optax")  # packages that loading may import
+_LARGE = 1024  # bytes of arrays that are compared with others
 _FROZEN = ("flax.core", "FrozenDict")
 _STATE = ("flax.nnx", "State")
 
@@ -40,6 +51,47 @@ _COMPRESSED: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] 
         lambda meta: {
             "spec": Spec(**meta["spec"]),
             "length": meta["length"],
+            "dtype": jax.numpy.dtype(meta["dtype"]),
+        },
+    ),
+    "ClusteredArray": (
+        ClusteredArray,
+        lambda c: {
+            "bits": c.bits,
+            "length": c.length,
+            "dtype": np.dtype(c.dtype).name,
+            "dim": c.dim,
+            "zero": c.zero,
+            "copies": c.copies,
+        },
+        lambda meta: {**meta, "dtype": jax.numpy.dtype(meta["dtype"])},
+    ),
+    "LowRankArray": (
+        LowRankArray,
+        lambda x: {"tail": x.tail, "dtype": np.dtype(x.dtype).name},
+        lambda meta: {**meta, "dtype": jax.numpy.dtype(meta["dtype"])},
+    ),
+    "TuckerArray": (
+        TuckerArray,
+        lambda x: {"dtype": np.dtype(x.dtype).name},
+        lambda meta: {"dtype": jax.numpy.dtype(meta["dtype"])},
+    ),
+    "TiedLayers": (
+        TiedLayers,
+        lambda x: {"owner": list(x.owner)},
+        lambda meta: {"owner": tuple(meta["owner"])},
+    ),
+    "TiedTree": (TiedTree, lambda x: {}, lambda meta: meta),
+    "Tie": (
+        Tie,
+        lambda x: {
+            "source": x.source,
+            "order": x.order and list(x.order),
+            "dtype": np.dtype(x.dtype).name,
+        },
+        lambda meta: {
+            "source": meta["source"],
+            "order": meta["order"] and tuple(meta["order"]),
             "dtype": jax.numpy.dtype(meta["dtype"]),
         },
     ),
@@ -59,18 +111,54 @@ _COMPRESSED: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] 
 }
 
 
-def encode(tree: PyTree) -> tuple[dict[str, Any], list[Any]]:
-    """The structure of `tree` and its arrays, in order. Inverse of `decode`.
+@dataclasses.dataclass
+class _Arrays:
+    """Arrays numbered; equal ones are one.
+
+    Attributes:
+      held: the arrays.
+      symbols: put indices of clusters in bytes of their own, as entropy coding wants them.
+      known: numbers of large ones, by content.
+    """
+
+    held: list[Any]
+    symbols: bool
+    known: dict[Any, list[int]]
+
+    def number(self, array: Any) -> int:
+        """The number of an array, which is stored once however often it comes."""
+        large = array.size * array.dtype.itemsize >= _LARGE and getattr(
+            array, "is_fully_addressable", True
+        )
+        if large:
+            host = np.ascontiguousarray(array)
+            key = (host.shape, str(host.dtype), zlib.crc32(host.view(np.uint8).data))
+            for i in self.known.setdefault(key, []):
+                if np.array_equal(np.asarray(self.held[i]).view(np.uint8), host.view(np.uint8)):
+                    return i
+            self.known[key].append(len(self.held))
+        self.held.append(array)
+        return len(self.held) - 1
+
+
+def encode(tree: PyTree, *, symbols: bool = False) -> tuple[dict[str, Any], list[Any]]:
+    """The structure of `tree` and its arrays, in order, equal ones once. Inverse of `decode`.
+
+    `symbols`: indices of clusters are put in bytes of their own, for entropy coding.
 
     Raises:
       TypeError: a node or leaf that cannot be rebuilt without its program, named with its path.
     """
-    arrays: list[Any] = []
-    return _encode(tree, "", arrays), arrays
+    arrays = _Arrays([], symbols, {})
+    return _encode(tree, "", arrays), arrays.held
 
 
-def _encode(node: Any, path: str, arrays: list[Any]) -> dict[str, Any]:
+def _encode(node: Any, path: str, arrays: _Arrays) -> dict[str, Any]:
     below = lambda key, child: _encode(child, f"{path}/{key}" if path else str(key), arrays)
+    if arrays.symbols and isinstance(node, ClusteredArray):
+        meta = _COMPRESSED["ClusteredArray"][1](node)
+        children = {"codebook": below("codebook", node.codebook), "index": below("index", node.index())}
+        return {"kind": "symbols", "meta": meta, "children": children}
     for name, (cls, to_meta, _) in _COMPRESSED.items():
         if isinstance(node, cls):
             meta = to_meta(node)
@@ -88,8 +176,7 @@ def _encode(node: Any, path: str, arrays: list[Any]) -> dict[str, Any]:
             raise TypeError(
                 f"tree: leaf {path!r} is a typed PRNG key; save jax.random.key_data(key) instead"
             )
-        arrays.append(node)
-        return {"kind": "array", "index": len(arrays) - 1}
+        return {"kind": "array", "index": arrays.number(node)}
     if isinstance(node, Mapping):
         kind = "dict"
         if _is(node, *_FROZEN):
@@ -169,6 +256,11 @@ def decode(structure: dict[str, Any], arrays: list[Any]) -> PyTree:
     children = {name: back(child) for name, child in structure.get("children", {}).items()}
     if kind == "named":
         return _named_class(*structure["type"])(**children)
+    if kind == "symbols":
+        meta = _COMPRESSED["ClusteredArray"][2](structure["meta"])
+        return ClusteredArray(
+            children["codebook"], packed(children["index"], meta["bits"]), **meta
+        )
     if kind == "compressed" and structure["type"] in _COMPRESSED:
         cls, _, from_meta = _COMPRESSED[structure["type"]]
         return cls(**children, **from_meta(structure["meta"]))

@@ -31,8 +31,9 @@ from jaxprune.quantize import ActivationQuantized, DynamicInput, QuantizedArray
 from jaxprune.runtime._activations import How, rounded
 from jaxprune.runtime._choose import Choice, dense_bytes, lowering_for, run
 from jaxprune.runtime._convolve import convolution_for, convolved
+from jaxprune.runtime._factors import factored_convolution, sides_of, two_products
 from jaxprune.runtime._rows import looked_up
-from jaxprune.share import ClusteredArray
+from jaxprune.share import ClusteredArray, LowRankArray, TiedTree, TuckerArray
 
 _WARN_BYTES = 64 * 2**20
 
@@ -53,6 +54,7 @@ class CompressedFunction:
         self.__wrapped__ = fn
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
+        params = params.expand() if isinstance(params, TiedTree) else params
         paths, leaves, treedef = _trees.flatten(params)
         inputs = inputs_of(args, kwargs)
         shapes = [
@@ -149,6 +151,11 @@ class _Run:
         how = self._how(held)
         shapes = (x.shape, held.shape)
         layout = layout_of(operation, held, x, side)
+        if isinstance(held.array, LowRankArray) and sides_of(held.array, layout):
+            self._note(operation, held, shapes, "factors", "one after the other, through the rank")
+            rows = standard(operation, x.astype(jnp.float32), side, layout)
+            y = restored(two_products(rows, held.array, layout, how), held, side, layout)
+            return Found([y.astype(self._result(operation, x, held))])
         if not _has_products(held.array):
             if how is None:
                 return Found(why=f"no product of its own for {type(held.array).__name__}")
@@ -163,14 +170,23 @@ class _Run:
         self._note(operation, held, shapes, name, why)
         rows = standard(operation, x.astype(jnp.float32), side, layout)
         y = restored(run(name, rows, held.array, layout, how), held, side, layout)
-        wanted = operation.params["preferred_element_type"] or jnp.result_type(
-            x.dtype, held.array.dtype
-        )
-        return Found([y.astype(wanted)])
+        return Found([y.astype(self._result(operation, x, held))])
+
+    def _result(self, operation: Operation, x: Any, held: Held) -> Any:
+        """The dtype of a product."""
+        wanted = operation.params["preferred_element_type"]
+        return wanted or jnp.result_type(x.dtype, held.array.dtype)
 
     def _convolution(self, operation: Operation, x: Any, held: Held) -> Found:
         """A convolution of perhaps rounded activations."""
         how = self._how(held)
+        if isinstance(held.array, LowRankArray | TuckerArray) and how is None:
+            y = factored_convolution(operation, x, held)
+            if isinstance(y, str):
+                return Found(why=y)
+            shapes = (x.shape, held.shape)
+            self._note(operation, held, shapes, "factors", "smaller convolutions in a row")
+            return Found([y])
         if not _has_products(held.array) and how is None:
             return Found(why=f"no convolution of its own for {type(held.array).__name__}")
         name, why = convolution_for(operation, x, held, how)
@@ -246,7 +262,7 @@ def compressed(
       explain: print, whenever the function runs or is traced, how each compressed leaf was used.
 
     Returns:
-      A function of the same signature, whose `params` may hold compressed leaves; it jits, maps and
+      A function of the same signature, whose `params` may hold compressed leaves, or be a `TiedTree`; it jits, maps and
       differentiates with respect to its other inputs like `fn`. Its `choices` and `table` tell how leaves
       were used.
 

@@ -82,7 +82,7 @@ def factorize_tree(
       The tree with `LowRankArray` or `TuckerArray` leaves.
 
     Raises:
-      ValueError: not one target, a rank out of range, NaN or infinity, axes that do not fit, traced
+      ValueError: not one target, a rank above that of every leaf, NaN or infinity, axes that do not fit, traced
         parameters.
 
     Warns:
@@ -264,12 +264,14 @@ def _ranks(
         elif isinstance(rank, float):
             found[i] = max(round(rank * full), 1)
         else:
-            if rank > full:
-                raise ValueError(
-                    f"rank: {rank} is more than the full rank {full} of leaf {leaf.path!r}, shape "
-                    f"{leaf.shape}; give a smaller one or leave it out with where="
-                )
             found[i] = rank
+    fulls = {leaf.path: leaf.values.shape[-1] for leaf in leaves.values()}
+    if isinstance(rank, int) and fulls and rank > max(fulls.values()):
+        path = max(fulls, key=lambda p: fulls[p])
+        raise ValueError(
+            f"rank: {rank} is more than the full rank of every leaf ({fulls[path]} of {path!r} is the "
+            "highest); give a smaller one"
+        )
     return found
 
 
