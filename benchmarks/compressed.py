@@ -118,7 +118,7 @@ def main():
         for name, (run, tree) in theirs.items():
             calls[name] = lambda run=run, tree=tree, x=x: run(tree, x)
         for name, (model, run, of) in torchs.items():
-            calls[name] = lambda model=model, run=run, x=of(x): run(model, x)
+            calls[name] = partial(run, model, of(x))
         columns[batch] = in_turns(calls)
     table = Table(
         title=f"Four layers of {n}\u00b2 on {jax.default_backend()}: time relative to dense"

@@ -35,7 +35,7 @@ def peak_memory():
     before = most()
     tree = jax.block_until_ready(jp.quantize_tree(params))
     extra = most() - before - (jp.nbytes(tree) - leaf // 4)
-    print(f"int8: peak memory above input and output: {max(extra, 0) / leaf:.2f} leaves and the first leaf's")
+    print(f"int8: peak memory above input, output, one leaf: {max(extra, 0) / leaf:.2f} leaves")
 
 
 def main():

@@ -1,10 +1,10 @@
 """Ranges of weights made alike by scalings that a function does not feel.
 
-A *scaling* of a group of units multiplies, unit by unit, the slices of each member by `exp(a t)`, with one
-exponent `a` per member and one `t` per unit. That the output does not change to first order,
-`sum_m a_m <d out / d slice_m, slice_m> = 0` for every unit, is linear in `a`: all scalings of a group are the
-null space of one matrix, whatever operations lie between (ReLU, pooling, depthwise convolutions, gates,
-normalisations, attention).
+A *scaling* of a group of units multiplies, unit by unit, the slices of each member by `exp(a t)`, with
+one exponent `a` per member and one `t` per unit. That the output does not change to first order,
+`sum_m a_m <d out / d slice_m, slice_m> = 0` for every unit, is linear in `a`: all scalings of a group
+are the null space of one matrix, whatever operations lie between (ReLU, pooling, depthwise
+convolutions, gates, normalisations, attention).
 """
 
 from collections.abc import Callable
@@ -37,9 +37,9 @@ def equalize(
     ranges of weights within a tensor differ less; `fn` computes the same.
 
     Where a channel `c` of one weight may be divided by `s` if another is multiplied by it, both get the
-    range `sqrt(r1 r2)`. Which may, is found from the gradients of the traced function, whatever lies between (ReLU,
-    pooling, depthwise convolutions, gates, attention), and tried out, so that there is nothing to annotate. Weights with one scale per tensor gain most. Fold batch normalisations
-    first.
+    range `sqrt(r1 r2)`. Which may, is found from the gradients of the traced function, whatever lies
+    between (ReLU, pooling, depthwise convolutions, gates, attention), and tried out, so that there is
+    nothing to annotate. Weights with one scale per tensor gain most. Fold batch normalisations first.
 
     Args:
       fn: `fn(params, *args, **kwargs)`, differentiable.
@@ -72,7 +72,9 @@ def equalize(
         moved = [_balance(wide, scaling) for scaling in found]
         if max(moved) < _SETTLED:
             break
-    touched = {m.place.leaf for s in found for m, a in zip(s.members, s.exponents, strict=True) if a}
+    touched = {
+        m.place.leaf for s in found for m, a in zip(s.members, s.exponents, strict=True) if a
+    }
     return treedef.unflatten(
         jnp.asarray(wide[i], leaf.dtype) if i in touched else leaf for i, leaf in enumerate(leaves)
     )
@@ -121,9 +123,7 @@ def _apply(leaves: list[Any], scaling: _Scaling, factors: np.ndarray) -> None:
             leaves[place.leaf] = x * each.reshape(shape)
 
 
-def _holds(
-    call: Callable[..., Any], leaves: list[Any], wide: list[Any], scaling: _Scaling
-) -> bool:
+def _holds(call: Callable[..., Any], leaves: list[Any], wide: list[Any], scaling: _Scaling) -> bool:
     """Whether outputs stay the same under some powers of two, which scale without rounding."""
     trial = list(wide)
     _apply(trial, scaling, 2.0 ** np.random.default_rng(0).integers(-1, 2, scaling.size))
@@ -167,9 +167,7 @@ def _pulls(call: Callable[..., Any], leaves: list[Any]) -> list[list[Any]]:
 
         outs, back = jax.vjp(outputs, some)
         keys = jax.random.split(key, max(len(outs), 1))
-        ways = [
-            jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, outs, strict=False)
-        ]
+        ways = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, outs, strict=False)]
         return [g * x for g, x in zip(back(ways)[0], some, strict=True)]
 
     found = []

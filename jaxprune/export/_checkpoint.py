@@ -1,8 +1,8 @@
 """Trees to folders and back, through Orbax.
 
 A checkpoint is a folder with `arrays/` (an Orbax checkpoint; masks at one bit per entry), or `arrays.bin`
-(entropy-coded), and `manifest.json`: the tree's structure, and the size and checksum of every file. It is written under a
-temporary name and renamed, so a folder of the final name is always whole.
+(entropy-coded), and `manifest.json`: the tree's structure, and the size and checksum of every file. It
+is written under a temporary name and renamed, so a folder of the final name is always whole.
 """
 
 import json
@@ -29,9 +29,7 @@ _CHUNK = 1 << 22
 _ATTEMPTS = 100
 
 
-def save(
-    path: str | Path, tree: PyTree, *, overwrite: bool = False, entropy: bool = False
-) -> Path:
+def save(path: str | Path, tree: PyTree, *, overwrite: bool = False, entropy: bool = False) -> Path:
     """Writes a tree to a folder. Inverse of `load`.
 
     Args:
@@ -39,8 +37,9 @@ def save(
       tree: arrays, masks, compressed leaves, numbers and strings in dicts, lists, tuples, named
         tuples (optimizer states), `FrozenDict` or `nnx.State`.
       overwrite: replace what is there; else an existing path is an error.
-      entropy: code arrays by the frequencies of their bytes, as Deep Compression does, which makes clustered
-        and pruned weights smaller still; slower (some 10 MB/s), and in memory, not through Orbax.
+      entropy: code arrays by the frequencies of their bytes, as Deep Compression does, which makes
+        clustered and pruned weights smaller still; slower (some 10 MB/s), and in memory, not through
+        Orbax.
 
     Returns:
       The path. Equal arrays are stored once.
@@ -65,8 +64,7 @@ def save(
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     coding: dict[str, Any] = {}
     try:
-        # Orbax refuses empty arrays, and their shape says all about them
-        stored = {str(i): _stored(array) for i, array in enumerate(arrays) if np.size(array)}
+        stored = stored_arrays(arrays)
         if entropy:
             coding = _write_coded(work / _CODED, stored)
         elif stored:
@@ -129,6 +127,11 @@ def _discard(folder: Path) -> None:
         time.sleep(0.05)
         if not folder.exists():
             return
+
+
+def stored_arrays(arrays: list[Any]) -> dict[str, Any]:
+    """Arrays as files hold them, by number; empty ones have no place there: their shape says all."""
+    return {str(i): _stored(array) for i, array in enumerate(arrays) if np.size(array)}
 
 
 def _stored(array: Any) -> Any:

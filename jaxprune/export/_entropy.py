@@ -1,8 +1,8 @@
 """Entropy coding of arrays: each by whichever method makes it smallest.
 
-`ans` codes the bytes of an array one by one by their frequencies (range ANS: many interleaved states of 32
-bits, words of 16, frequencies of 14), within a fraction of a per cent of their entropy; `lzma` finds
-repetitions, in arrays whose bytes are put together by significance; `raw` is the array itself.
+`ans` codes the bytes of an array one by one by their frequencies (range ANS: many interleaved states
+of 32 bits, words of 16, frequencies of 14), within a fraction of a per cent of their entropy; `lzma`
+finds repetitions, in arrays whose bytes are put together by significance; `raw` is the array itself.
 """
 
 import lzma
@@ -26,9 +26,7 @@ def coded(array: np.ndarray) -> tuple[str, bytes]:
         found["ans"] = encode(np.frombuffer(raw, np.uint8))
     if 0 < len(raw) <= _LARGE and (array.dtype.itemsize > 1 or len(found["ans"]) < len(raw) / 2):
         planes = np.frombuffer(raw, np.uint8).reshape(-1, array.dtype.itemsize).T
-        found["lzma"] = lzma.compress(
-            planes.tobytes(), format=lzma.FORMAT_RAW, filters=_FILTERS
-        )
+        found["lzma"] = lzma.compress(planes.tobytes(), format=lzma.FORMAT_RAW, filters=_FILTERS)
     method = min(found, key=lambda name: len(found[name]))
     return method, found[method]
 
@@ -43,7 +41,9 @@ def decoded(method: str, data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -
         planes = np.frombuffer(flat, np.uint8).reshape(dtype.itemsize, count)
         data = np.ascontiguousarray(planes.T).tobytes()
     elif method != "raw":
-        raise ValueError(f"checkpoint: unknown coding {method!r}; it was written by a newer jaxprune")
+        raise ValueError(
+            f"checkpoint: unknown coding {method!r}; it was written by a newer jaxprune"
+        )
     return np.frombuffer(data, dtype).reshape(shape)
 
 

@@ -157,7 +157,10 @@ def _encode(node: Any, path: str, arrays: _Arrays) -> dict[str, Any]:
     below = lambda key, child: _encode(child, f"{path}/{key}" if path else str(key), arrays)
     if arrays.symbols and isinstance(node, ClusteredArray):
         meta = _COMPRESSED["ClusteredArray"][1](node)
-        children = {"codebook": below("codebook", node.codebook), "index": below("index", node.index())}
+        children = {
+            "codebook": below("codebook", node.codebook),
+            "index": below("index", node.index()),
+        }
         return {"kind": "symbols", "meta": meta, "children": children}
     for name, (cls, to_meta, _) in _COMPRESSED.items():
         if isinstance(node, cls):
@@ -258,9 +261,7 @@ def decode(structure: dict[str, Any], arrays: list[Any]) -> PyTree:
         return _named_class(*structure["type"])(**children)
     if kind == "symbols":
         meta = _COMPRESSED["ClusteredArray"][2](structure["meta"])
-        return ClusteredArray(
-            children["codebook"], packed(children["index"], meta["bits"]), **meta
-        )
+        return ClusteredArray(children["codebook"], packed(children["index"], meta["bits"]), **meta)
     if kind == "compressed" and structure["type"] in _COMPRESSED:
         cls, _, from_meta = _COMPRESSED[structure["type"]]
         return cls(**children, **from_meta(structure["meta"]))

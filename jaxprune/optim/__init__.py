@@ -1,7 +1,18 @@
-"""Optax transforms that keep pruned weights at exactly zero."""
+"""Optax transforms that keep pruned weights at exactly zero, and shared ones equal."""
 
 from jaxprune.optim._access import get_masks, replace_masks
+from jaxprune.optim._clustered import ClusteredState, clustered
 from jaxprune.optim._gradual import GradualState, gradual
 from jaxprune.optim._masked import MaskedState, masked_update
+from jaxprune.optim._trainable import trainable
 
-__all__ = ["GradualState", "MaskedState", "get_masks", "gradual", "replace_masks"]
+__all__ = [
+    "ClusteredState",
+    "GradualState",
+    "MaskedState",
+    "clustered",
+    "get_masks",
+    "gradual",
+    "replace_masks",
+    "trainable",
+]

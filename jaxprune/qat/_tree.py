@@ -15,6 +15,7 @@ from jaxprune.quantize import (
     Rules,
     Spec,
     check_fits,
+    has_parts,
     integer_range,
     scale_of,
     specs_for,
@@ -81,7 +82,8 @@ def prepare(
         kept = jax.tree.leaves(masks)
     for path, leaf, spec in zip(paths, leaves, specs, strict=True):
         if spec is not None:
-            check_fits(spec, path, leaf.shape)
+            if not has_parts(leaf):
+                check_fits(spec, path, leaf.shape)
             if method == "lsq" and spec.dtype is not None:
                 raise ValueError(
                     f"method: {spec.format} of leaf {path!r} has no step to learn; use 'absmax'"
@@ -97,7 +99,9 @@ def prepare(
     return treedef.unflatten(out)
 
 
-def _prepared(leaf: Any, spec: Spec, mask: Any, method: str) -> QATArray:
+def _prepared(leaf: Any, spec: Spec, mask: Any, method: str) -> Any:
+    if has_parts(leaf):  # codebooks and factors train in its stead
+        return leaf.quantized(lambda x, spec: _prepared(x, spec, None, method), spec)
     value = jnp.array(_trees.dense(leaf))  # a copy: training may donate it
     mask = None if mask is None or jnp.ndim(mask) == 0 else jnp.asarray(mask)
     kept = value if mask is None else jnp.where(mask, value, 0)

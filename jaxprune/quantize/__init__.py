@@ -22,7 +22,7 @@ from jaxprune.quantize._inputs import (
 )
 from jaxprune.quantize._scale import from_levels, reciprocal, scale_of, spread, to_levels
 from jaxprune.quantize._spec import NF4_LEVELS, Spec, check_fits, integer_range
-from jaxprune.quantize._tree import Rules, dequantize_tree, quantize_tree, specs_for
+from jaxprune.quantize._tree import Rules, dequantize_tree, has_parts, quantize_tree, specs_for
 from jaxprune.quantize._views import leading_block
 
 __all__ = [

@@ -28,7 +28,8 @@ def quantize_tree(
 ) -> PyTree:
     """Replaces weights by `QuantizedArray` leaves; what is not selected stays as it is.
 
-    Works leaf by leaf: beyond input and output, at most one leaf is held in memory.
+    Works leaf by leaf: beyond input and output, at most one leaf is held in memory. Of clustered leaves
+    the codebook is quantized, of factorised ones the factors.
 
     Args:
       params: any tree of arrays.
@@ -67,16 +68,27 @@ def quantize_tree(
     specs = specs_for(params, base, rules, where)
     paths, leaves, treedef = _trees.flatten(params)
     for path, leaf, spec in zip(paths, leaves, specs, strict=True):
-        if spec is not None:
+        if spec is not None and not has_parts(leaf):
             check_fits(spec, path, leaf.shape)
     out, names, flags = list(leaves), [], []
     for i, (path, leaf, spec) in enumerate(zip(paths, leaves, specs, strict=True)):
-        if spec is not None:
-            out[i], finite = quantize(path, _trees.dense(leaf), spec)
+        if spec is None:
+            continue
+
+        def one(x: Any, spec: Spec, path: str = path) -> QuantizedArray:
+            found, finite = quantize(path, x, spec)
             names.append(path)
             flags.append(finite)
+            return found
+
+        out[i] = leaf.quantized(one, spec) if has_parts(leaf) else one(_trees.dense(leaf), spec)
     refuse_non_finite(names, flags)
     return treedef.unflatten(out)
+
+
+def has_parts(leaf: Any) -> bool:
+    """Whether a leaf is made of others (codebook, factors), which are quantized in its stead."""
+    return callable(getattr(type(leaf), "quantized", None))
 
 
 def specs_for(params: Params, base: Spec, rules: Rules | None, where: Where) -> list[Spec | None]:

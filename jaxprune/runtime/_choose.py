@@ -149,7 +149,9 @@ def lowering_for(w: Leaf, how: How, layout: Layout) -> tuple[str, str]:
             return "integer", "activations by their calibrated scale"
         return "two_planes", "calibrated activations, times scales of the contracted indices"
     clusters = isinstance(w, ClusteredArray)
-    both = not clusters and w.spec.format == "float8_e4m3fn" and how == DynamicInput("float8_e4m3fn")
+    both = (
+        not clusters and w.spec.format == "float8_e4m3fn" and how == DynamicInput("float8_e4m3fn")
+    )
     factors = _lowerings.separated(w, layout)
     if both and backend != "cpu" and not isinstance(factors, str) and factors[0] is None:
         return "float8", "both operands in float8, one scale per row"
@@ -157,7 +159,11 @@ def lowering_for(w: Leaf, how: How, layout: Layout) -> tuple[str, str]:
     name = next(name for most, name in rules if layout.rows <= most or most < 0)
     if name == "block_planes" and layout.depth > LONGEST:
         name = "blocks"
-    numbers = not clusters and w.spec.format != "nf4" and not isinstance(_lowerings.separated(w, layout), str)
+    numbers = (
+        not clusters
+        and w.spec.format != "nf4"
+        and not isinstance(_lowerings.separated(w, layout), str)
+    )
     if name == "dense" and numbers:
         name = "converted"
     return name, f"{reason}: {_WHY[name]}" if reason else _WHY[name]

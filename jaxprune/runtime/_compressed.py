@@ -262,9 +262,9 @@ def compressed(
       explain: print, whenever the function runs or is traced, how each compressed leaf was used.
 
     Returns:
-      A function of the same signature, whose `params` may hold compressed leaves, or be a `TiedTree`; it jits, maps and
-      differentiates with respect to its other inputs like `fn`. Its `choices` and `table` tell how leaves
-      were used.
+      A function of the same signature, whose `params` may hold compressed leaves, or be a `TiedTree`;
+      it jits, maps and differentiates with respect to its other inputs like `fn`. Its `choices` and
+      `table` tell how leaves were used.
 
     Raises:
       ValueError: unknown `activations`, or an `fn` that cannot be traced.

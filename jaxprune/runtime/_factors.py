@@ -48,7 +48,7 @@ def _product(x: jax.Array, factor: Any, layout: Layout, how: How) -> jax.Array:
     plain = isinstance(factor, QuantizedArray) or (
         isinstance(factor, ClusteredArray) and factor.is_plain
     )
-    if plain and not (len(layout.shape) - 1 in layout.batch):
+    if plain and len(layout.shape) - 1 not in layout.batch:
         return run(lowering_for(factor, how, layout)[0], x, factor, layout, how)
     axes = tuple(range(x.ndim - len(layout.contract), x.ndim))
     x = rounded(x, axes, how)

@@ -41,12 +41,13 @@ class Words(NamedTuple):
         """What they stand for, in float32."""
         return codewords_at(jnp.moveaxis(self.book.astype(jnp.float32), 0, -1), self.codes)
 
-    def planes(self, bound: Array) -> tuple[Array, Array]:
-        """Values in units of `bound / 127`: whole numbers, and what is left in units of 1 / STEPS.
+    def planes(self, bound: Array | None) -> tuple[Array, Array]:
+        """Values in units of `bound / 127` (of 1 / 127 without): whole numbers, and what is left in units
+        of 1 / STEPS.
 
         Codewords are rounded before they are looked up: bytes are looked up faster than floats.
         """
-        book = self.book * (127.0 / bound)
+        book = self.book * (127.0 if bound is None else 127.0 / bound)
         first = jnp.round(book)
         second = jnp.round((book - first) * STEPS)
         of = lambda table: codewords_at(jnp.moveaxis(table.astype(jnp.int8), 0, -1), self.codes)
@@ -74,7 +75,7 @@ class Codes(NamedTuple):
         """
         if bound is None:
             levels = jnp.array(NF4_LEVELS).reshape(-1, *(1 for _ in self.codes.shape))
-            return Words(self.codes.astype(jnp.uint8), levels).planes(jnp.ones(()))
+            return Words(self.codes.astype(jnp.uint8), levels).planes(None)
         values = self.values() * (127.0 / bound)
         first = jnp.round(values)
         second = jnp.round((values - first) * STEPS)

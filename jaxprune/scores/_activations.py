@@ -43,7 +43,9 @@ def wanda(params: Params, stats: PyTree, *, where: Where = None) -> Scores:
         raise ValueError(f"stats: of another tree than params ({error})") from error
     chosen = _trees.select(params, where)
     return treedef.unflatten(
-        _wanda(path, leaf, stat) if hit and np.any(np.asarray(stat.count)) else _trees.unpruned_score()
+        _wanda(path, leaf, stat)
+        if hit and np.any(np.asarray(stat.count))
+        else _trees.unpruned_score()
         for path, leaf, stat, hit in zip(paths, leaves, found, chosen, strict=True)
     )
 

@@ -1,9 +1,10 @@
 """Indices of 1 to 8 bits, truly packed.
 
-A width is split into powers of two (5 = 4 + 1), each a *plane* of bytes of its own. A byte holds the bits of
-several indices along the last axis that lie far apart: with `m` bytes in a row, byte `i` holds the indices
-`i`, `m + i`, `2 m + i`, … in its *places*, the first in the lowest bits. All indices of one place are so
-neighbours, and put side by side they are in order. Packed indices slice, map and shard along all other axes.
+A width is split into powers of two (5 = 4 + 1), each a *plane* of bytes of its own. A byte holds bits of
+several indices along the last axis that lie far apart: with `m` bytes in a row, byte `i` holds the
+indices `i`, `m + i`, `2 m + i`, … in its *places*, the first in the lowest bits. All indices of one
+place are so neighbours, and put side by side they are in order. Packed indices slice, map and shard
+along all other axes.
 """
 
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ def widths_of(bits: int) -> tuple[int, ...]:
 
 
 def packed(indices: UInt8[Array, "*lead n"], bits: int) -> Planes:
-    """Planes of indices below `2 ** bits`; rows are padded to whole bytes of all. Inverse of `unpacked`."""
+    """Planes of indices below `2 ** bits`; rows are padded to whole bytes of all. Inverse of
+    `unpacked`.
+    """
     widths = widths_of(bits)
     pad = -indices.shape[-1] % (8 // widths[-1])
     indices = jnp.pad(indices, [(0, 0)] * (indices.ndim - 1) + [(0, pad)])

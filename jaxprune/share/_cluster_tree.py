@@ -51,8 +51,8 @@ def cluster_tree(
 ) -> PyTree:
     """Lets the weights of each leaf share few values: k-means, and `ClusteredArray` leaves.
 
-    Numbers are clustered by near-exact one-dimensional k-means (dynamic programming over bins, then Lloyd's
-    iteration over their sums), vectors by k-means++ and Lloyd's.
+    Numbers are clustered by near-exact one-dimensional k-means (dynamic programming over bins, then
+    Lloyd's iteration over their sums), vectors by k-means++ and Lloyd's.
 
     Args:
       params: any tree of arrays; compressed leaves count as what they stand for.
@@ -87,7 +87,8 @@ def cluster_tree(
 
     References: Han et al., "Deep Compression", 2015, https://arxiv.org/abs/1510.00149; Wang & Song,
     "Ckmeans.1d.dp", 2011 (optimal clusters on a line); Stock et al., "And the Bit Goes Down", 2019,
-    https://arxiv.org/abs/1907.05686 (product quantization, weighted); Babenko & Lempitsky, 2014 (additive)
+    https://arxiv.org/abs/1907.05686 (product quantization, weighted); Babenko & Lempitsky, 2014
+    (additive)
     """
     how = _checked(
         bits, clusters, granularity, group_size, channel_axis, dim, stages, start, zero, key
@@ -198,8 +199,8 @@ def _check_fits(path: str, shape: tuple[int, ...], how: _How) -> None:
         raise ValueError(f"params: leaf {path!r} is a scalar; leave it out with where=")
     if shape[-1] % how.dim:
         raise ValueError(
-            f"dim: {how.dim} does not divide the last axis of leaf {path!r}, {shape}; choose a divisor or "
-            "leave it out with where="
+            f"dim: {how.dim} does not divide the last axis of leaf {path!r}, {shape}; choose a divisor "
+            "or leave it out with where="
         )
     if how.group_size is None:
         return

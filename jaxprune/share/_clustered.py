@@ -29,9 +29,10 @@ class ClusteredArray:
     are sums over the entries of each cluster. Its static fields count axes from the end.
 
     Attributes:
-      codebook: codewords, (axes…, K), or (axes…, stages, K, dim) where entries are the sum of codewords of
-        several stages or where codewords are vectors. `axes` are those of the dense array, of size 1
-        where they share a codebook, groups counted. An array, or a compressed leaf itself.
+      codebook: codewords, (axes…, K), or (axes…, stages, K, dim) where entries are the sum of
+        codewords of several stages or where codewords are vectors. `axes` are those of the dense
+        array, of size 1 where they share a codebook, groups counted. An array, or a compressed leaf
+        itself.
       indices: planes of uint8 that hold an index for each entry, packed along the last axis (see
         `index`).
       bits: bits of an index, 1 to 8.
@@ -199,9 +200,10 @@ class ClusteredArray:
             book = jnp.broadcast_to(book, (self.shape[0], *book.shape[1:]))
         return replace(self, codebook=book, copies=None)
 
-    def quantized(self, quantize: Any) -> "ClusteredArray":
-        """With a codebook that is quantized by `quantize(array)`, one scale for all of it."""
-        return replace(self, codebook=quantize(_trees.dense(self.codebook)))
+    def quantized(self, quantize: Any, spec: Any) -> "ClusteredArray":
+        """With a codebook quantized by `quantize(array, spec)`, one scale for all of it."""
+        whole = replace(spec, granularity="tensor", group_size=None, channel_axis=-1)
+        return replace(self, codebook=quantize(_trees.dense(self.codebook), whole))
 
 
 def index_places(x: ClusteredArray) -> list[Array]:

@@ -7,7 +7,9 @@ _ALS = 60
 
 
 def root_and_inverse(moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The square root of a second moment, and its inverse; directions that hold nothing count a little."""
+    """The square root of a second moment, and its inverse; directions that hold nothing count a
+    little.
+    """
     values, vectors = np.linalg.eigh(moment.astype(np.float64))
     values = np.maximum(values, 1e-6 * max(values.max(initial=0.0), 1e-30))
     root = np.sqrt(values)
@@ -19,11 +21,9 @@ def singular_values(x: np.ndarray) -> np.ndarray:
     return np.linalg.svd(x, compute_uv=False)
 
 
-def low_rank(
-    x: np.ndarray, rank: int, metric: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Factors (m, rank) and (rank, n) of a matrix, the nearest; in the metric of a second moment (m, m) of
-    what multiplies it.
+def low_rank(x: np.ndarray, rank: int, metric: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Factors (m, rank) and (rank, n) of a matrix, the nearest; in the metric of a second moment (m,
+    m) of what multiplies it.
     """
     wide = x.astype(np.float64)
     if metric is None:
@@ -37,9 +37,7 @@ def low_rank(
     return left.astype(x.dtype), right.astype(x.dtype)
 
 
-def tucker(
-    kernel: np.ndarray, ranks: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def tucker(kernel: np.ndarray, ranks: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tucker-2: factors of the last two axes and a core, by higher-order orthogonal iteration.
 
     Returns (in, a), (space…, a, b) and (b, out).
@@ -53,7 +51,7 @@ def tucker(
         a = basis(np.einsum("sio,ob->isb", t, b).reshape(n_in, -1), ranks[0])
         b = basis(np.einsum("sio,ia->osa", t, a).reshape(n_out, -1), ranks[1])
     core = np.einsum("sio,ia,ob->sab", t, a, b).reshape(*space, *ranks)
-    return tuple(y.astype(kernel.dtype) for y in (a, core, b.T))  # type: ignore[return-value]
+    return a.astype(kernel.dtype), core.astype(kernel.dtype), b.T.astype(kernel.dtype)
 
 
 def canonical(kernel: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -86,4 +84,4 @@ def canonical(kernel: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np
         even = np.cbrt(sizes[0] * sizes[1] * sizes[2])
         s, i, o = (y / n * even for y, n in zip((s, i, o), sizes, strict=True))
     core = s.reshape(*space, 1, rank)
-    return tuple(y.astype(kernel.dtype) for y in (i, core, o.T))  # type: ignore[return-value]
+    return i.astype(kernel.dtype), core.astype(kernel.dtype), o.T.astype(kernel.dtype)

@@ -59,9 +59,9 @@ def factorize_tree(
 ) -> PyTree:
     """Replaces weights by products of smaller ones, where that saves parameters.
 
-    `svd` cuts the singular values of each matrix (m, n): `LowRankArray`s of (m, rank) and (rank, n). Stacks
-    of matrices (three axes) are cut layer by layer; convolution kernels (four axes and more) as matrices
-    (space and in, out). `tucker` and `cp` cut the channels of kernels: `TuckerArray`s.
+    `svd` cuts the singular values of each matrix (m, n): `LowRankArray`s of (m, rank) and (rank, n).
+    Stacks of matrices (three axes) are cut layer by layer; convolution kernels (four axes and more) as
+    matrices (space and in, out). `tucker` and `cp` cut the channels of kernels: `TuckerArray`s.
 
     Args:
       params: any tree of arrays.
@@ -71,8 +71,8 @@ def factorize_tree(
       budget: fraction in (0, 1) of the selected leaves' parameters that remains in all; ranks are chosen
         where they keep most of a leaf's energy per parameter. Only with `svd`.
       method: `"svd"`, `"tucker"` or `"cp"`.
-      stats: of `jp.calibrate`, on the same tree: what is kept is the outputs on that data, not the weights
-        (with `second_moment=True` exactly, else feature by feature). Only with `svd`.
+      stats: of `jp.calibrate`, on the same tree: what is kept is the outputs on that data, not the
+        weights (with `second_moment=True` exactly, else feature by feature). Only with `svd`.
       batch: leading axes that hold stacked matrices; by default 1 of leaves with three axes, else 0.
       tail: trailing axes of the second factor; by default 1. A Flax attention's query kernel (in, heads,
         dims) takes `batch=0, tail=2`.
@@ -82,8 +82,8 @@ def factorize_tree(
       The tree with `LowRankArray` or `TuckerArray` leaves.
 
     Raises:
-      ValueError: not one target, a rank above that of every leaf, NaN or infinity, axes that do not fit, traced
-        parameters.
+      ValueError: not one target, a rank above that of every leaf, NaN or infinity, axes that do not
+        fit, traced parameters.
 
     Warns:
       UserWarning: leaves that stay dense, since factors of the wanted rank would be no smaller.
@@ -129,8 +129,8 @@ def factorize_tree(
             dense.append(paths[i])
     if dense:
         warnings.warn(
-            f"factorize_tree: {len(dense)} leaves stay dense, since factors of the wanted rank would be no "
-            f"smaller: {', '.join(dense[:5])}{', …' if len(dense) > 5 else ''}",
+            f"factorize_tree: {len(dense)} leaves stay dense, since factors of the wanted rank would be "
+            f"no smaller: {', '.join(dense[:5])}{', …' if len(dense) > 5 else ''}",
             stacklevel=2,
         )
     return treedef.unflatten(out)
@@ -163,13 +163,17 @@ def ranks_table(params: Params, factorized: PyTree) -> Table:
         error = jnp.linalg.norm((was - now.materialize()).ravel()) / jnp.linalg.norm(was.ravel())
         rank = now.rank if isinstance(now, LowRankArray) else now.core.shape[-2:]
         kept = now.nbytes / max(leaf.size * leaf.dtype.itemsize, 1)
-        table.add_row(path, "×".join(map(str, leaf.shape)), str(rank), f"{kept:.1%}", f"{error:.4f}")
+        table.add_row(
+            path, "×".join(map(str, leaf.shape)), str(rank), f"{kept:.1%}", f"{error:.4f}"
+        )
     return table
 
 
 def _check_targets(rank: Any, energy: Any, budget: Any, method: str, stats: Any) -> None:
     _checks.choice("method", method, METHODS)
-    given = [n for n, v in (("rank", rank), ("energy", energy), ("budget", budget)) if v is not None]
+    given = [
+        n for n, v in (("rank", rank), ("energy", energy), ("budget", budget)) if v is not None
+    ]
     if len(given) != 1:
         raise ValueError(f"rank, energy, budget: expected exactly one, got {given or 'none'}")
     if isinstance(rank, float):
@@ -195,15 +199,13 @@ def _host(path: str, leaf: Any) -> np.ndarray:
     host = np.asarray(x, np.float32)
     if not np.isfinite(host).all():
         raise ValueError(
-            f"params: leaf {path!r} holds NaN or infinity; look for a diverged training step, or leave it "
-            "out with where="
+            f"params: leaf {path!r} holds NaN or infinity; look for a diverged training step, or leave "
+            "it out with where="
         )
     return host
 
 
-def _as_matrices(
-    path: str, x: np.ndarray, stat: Any, batch: int | None, tail: int | None
-) -> _Leaf:
+def _as_matrices(path: str, x: np.ndarray, stat: Any, batch: int | None, tail: int | None) -> _Leaf:
     lead = (1 if x.ndim == 3 else 0) if batch is None else batch
     last = 1 if tail is None else tail
     if lead < 0 or last < 1 or lead + last >= x.ndim:
@@ -217,12 +219,14 @@ def _as_matrices(
     metric, of_tail = _metric(path, x.shape, stat, lead, last)
     if of_tail:
         flat = flat.transpose(0, 2, 1)
-    seen = flat if metric is None else np.stack(
-        [_decompose.root_and_inverse(s)[0] @ y for s, y in zip(metric, flat, strict=True)]
+    seen = (
+        flat
+        if metric is None
+        else np.stack(
+            [_decompose.root_and_inverse(s)[0] @ y for s, y in zip(metric, flat, strict=True)]
+        )
     )
-    return _Leaf(
-        path, x.shape, lead, last, flat, metric, of_tail, _decompose.singular_values(seen)
-    )
+    return _Leaf(path, x.shape, lead, last, flat, metric, of_tail, _decompose.singular_values(seen))
 
 
 def _metric(

@@ -1,9 +1,9 @@
 """k-means on a line: near-exact, without looking at all points in every turn.
 
 Points are gathered into bins along the order of floats (the upper 16 bits of a float32: 128 bins per
-octave), with counts, sums and sums of squares. On a few hundred of those, the best start is found by dynamic
-programming; Lloyd's iteration then moves boundaries over sums of bins until nothing changes; last, points of
-the bins that a boundary cuts are compared one by one.
+octave), with counts, sums and sums of squares. On a few hundred of those, the best start is found by
+dynamic programming; Lloyd's iteration then moves boundaries over sums of bins until nothing changes;
+last, points of the bins that a boundary cuts are compared one by one.
 """
 
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ class Line(NamedTuple):
     Attributes:
       place: the bin of each point, uint16.
       used: numbers of the bins that hold points.
-      weight, first, second: sums of weights, weight times value and times its square before each used bin,
-        and in all.
+      weight, first, second: sums of weights, weight times value and times its square before each used
+        bin, and in all.
       means: mean of each used bin.
     """
 
@@ -90,8 +90,8 @@ def kmeans(
       x: (n,) finite float32.
       clusters: how many, 1 to 256; with fewer distinct values the last are repeated.
       weight: (n,) non-negative, or `None`.
-      start: `"optimal"` (dynamic programming), `"linear"` (evenly over the range), `"density"` (quantiles)
-        or `"kmeans++"`.
+      start: `"optimal"` (dynamic programming), `"linear"` (evenly over the range), `"density"`
+        (quantiles) or `"kmeans++"`.
       turns: of Lloyd's iteration at most.
       seed: of kmeans++.
 
@@ -115,7 +115,9 @@ def _centers(line: Line, cuts: np.ndarray) -> np.ndarray:
     total = np.diff(line.weight[cuts])
     sums = np.diff(line.first[cuts])
     means = np.where(total > 0, sums / np.where(total > 0, total, 1), np.nan)
-    if np.isnan(means).any():  # an empty cluster takes over the bin that lies farthest from its mean
+    if np.isnan(
+        means
+    ).any():  # an empty cluster takes over the bin that lies farthest from its mean
         means = _filled(line, cuts, means)
     return means
 

@@ -23,8 +23,8 @@ def _nbytes(*parts: Any) -> int:
 class LowRankArray:
     """An array of low rank: `left @ right`, over one inner axis.
 
-    A pytree node that jits, checkpoints and trains like any array: gradients go to the factors. With batch
-    axes (stacked layers, experts), loops and maps over them find one product each.
+    A pytree node that jits, checkpoints and trains like any array: gradients go to the factors. With
+    batch axes (stacked layers, experts), loops and maps over them find one product each.
 
     Attributes:
       left: (batch…, head…, rank); an array, or a compressed leaf itself.
@@ -106,8 +106,8 @@ class LowRankArray:
         return replace(self, left=cut(self.left), right=right)
 
     def reshape(self, *shape: Any) -> "LowRankArray":
-        """Another shape, still factors, where leading axes of size 1 come or go, or head and tail are each
-        reshaped.
+        """Another shape, still factors, where leading axes of size 1 come or go, or head and tail are
+        each reshaped.
 
         Raises:
           TypeError: entries of head, tail and batch mix.
@@ -138,11 +138,10 @@ class LowRankArray:
         """Itself, if loops over the leading axis find one product for each entry."""
         return self if self.batch else None
 
-    def quantized(self, quantize: Any) -> "LowRankArray":
-        """With both factors quantized by `quantize(array)`."""
-        return replace(
-            self, left=quantize(_trees.dense(self.left)), right=quantize(_trees.dense(self.right))
-        )
+    def quantized(self, quantize: Any, spec: Any) -> "LowRankArray":
+        """With both factors quantized by `quantize(array, spec)`."""
+        of = lambda x: quantize(_trees.dense(x), spec)
+        return replace(self, left=of(self.left), right=of(self.right))
 
 
 @partial(
@@ -220,7 +219,7 @@ class TuckerArray:
     def stacked(self) -> None:
         """Nothing: it has no axis of layers."""
 
-    def quantized(self, quantize: Any) -> "TuckerArray":
-        """With all factors quantized by `quantize(array)`."""
-        parts = (quantize(_trees.dense(x)) for x in (self.left, self.core, self.right))
+    def quantized(self, quantize: Any, spec: Any) -> "TuckerArray":
+        """With all factors quantized by `quantize(array, spec)`."""
+        parts = (quantize(_trees.dense(x), spec) for x in (self.left, self.core, self.right))
         return TuckerArray(*parts, self.dtype)

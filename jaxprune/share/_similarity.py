@@ -119,7 +119,9 @@ def pieces_of(params: Params, stats: PyTree | None, layers: Where, where: Where)
             raise ValueError(f"params: leaf {path!r} is traced; tie outside of jit")
         host = np.asarray(x, np.float32)
         if not np.isfinite(host).all():
-            raise ValueError(f"params: leaf {path!r} holds NaN or infinity; leave it out with where=")
+            raise ValueError(
+                f"params: leaf {path!r} holds NaN or infinity; leave it out with where="
+            )
         if stacks[i]:
             found += [Piece(f"{path}[{k}]", i, k, layer, None) for k, layer in enumerate(host)]
         else:

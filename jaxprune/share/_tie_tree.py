@@ -28,11 +28,13 @@ def tie_tree(
 ) -> TiedTree:
     """Lets alike weights be one tensor: their mean.
 
-    Weights are joined pair by pair, most alike first; a set of weights is as alike as its least alike pair.
+    Weights are joined pair by pair, most alike first; a set of weights is as alike as its least alike
+    pair.
 
     Args:
       params: any tree of arrays.
-      threshold: join what is at least so similar. Exactly one of `threshold`, `budget` and `ties` is given.
+      threshold: join what is at least so similar. Exactly one of `threshold`, `budget` and `ties` is
+        given.
       budget: fraction in (0, 1] of the selected weights' parameters that remains in all.
       ties: groups of paths to join, whatever their similarity.
       measure: `"cosine"`, `"aligned"` (the last axis is put in the best order, which each tie keeps) or
@@ -58,7 +60,8 @@ def tie_tree(
     References: Lan et al., ALBERT, 2019, https://arxiv.org/abs/1909.11942; Bae et al., "Relaxed Recursive
     Transformers", 2024, https://arxiv.org/abs/2410.20672 (low-rank deltas)
     """
-    given = [n for n, v in (("threshold", threshold), ("budget", budget), ("ties", ties)) if v is not None]
+    targets = {"threshold": threshold, "budget": budget, "ties": ties}
+    given = [name for name, value in targets.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"threshold, budget, ties: expected exactly one, got {given or 'none'}")
     if budget is not None:
@@ -104,7 +107,9 @@ def _explicit(
             raise ValueError(f"ties: weights of unequal shapes cannot be one tensor: {listed}")
         groups.append(
             [
-                Piece(n, place[n], None, np.asarray(_trees.dense(leaves[place[n]]), np.float32), None)
+                Piece(
+                    n, place[n], None, np.asarray(_trees.dense(leaves[place[n]]), np.float32), None
+                )
                 for n in names
             ]
         )
@@ -155,20 +160,24 @@ def _joined(
     return groups
 
 
-def _mean(pieces: list[Piece], aligned: bool, scale: bool) -> tuple[np.ndarray, list[Any], list[float]]:
+def _mean(
+    pieces: list[Piece], aligned: bool, scale: bool
+) -> tuple[np.ndarray, list[Any], list[float]]:
     """The tensor that pieces share, the order in which each reads it, and its scale."""
     orders: list[Any] = [None]
     xs = [pieces[0].x.astype(np.float64)]
     for piece in pieces[1:]:
         order = best_order(piece.x, pieces[0].x) if aligned else None
-        xs.append(piece.x.astype(np.float64) if order is None else piece.x[..., order].astype(np.float64))
+        xs.append(
+            piece.x.astype(np.float64) if order is None else piece.x[..., order].astype(np.float64)
+        )
         inverse = None if order is None else np.argsort(order)
         orders.append(None if inverse is None else tuple(int(i) for i in inverse))
     if not scale:
-        return sum(xs) / len(xs), orders, [1.0] * len(xs)
+        return np.mean(xs, axis=0), orders, [1.0] * len(xs)
     sign = lambda x: -1.0 if float((x * xs[0]).sum()) < 0 else 1.0
     sizes = [sign(x) * max(float(np.linalg.norm(x)), 1e-30) for x in xs]
-    shape = sum(x / n for x, n in zip(xs, sizes, strict=True)) / len(xs)
+    shape = np.mean([x / n for x, n in zip(xs, sizes, strict=True)], axis=0)
     shape = shape * sizes[0] / max(float(np.linalg.norm(shape)), 1e-30)
     norm = max(float(np.square(shape).sum()), 1e-30)
     return shape, orders, [float((x * shape).sum()) / norm for x in xs]

@@ -47,7 +47,8 @@ class Tie:
         if self.scale is not None:
             x = x * self.scale.astype(x.dtype)
         if self.left is not None and self.right is not None:
-            x = x + (self.left @ self.right).reshape(x.shape).astype(x.dtype)
+            delta = _trees.dense(self.left) @ _trees.dense(self.right)
+            x = x + delta.reshape(x.shape).astype(x.dtype)
         return x.astype(self.dtype)
 
 
@@ -60,8 +61,8 @@ def _is_leaf(x: Any) -> bool:
 class TiedTree:
     """Parameters some of whose leaves are others; from `jp.tie_tree`.
 
-    A pytree that jits, checkpoints and trains like any: each tensor is held once, and its gradient is the sum
-    over all its places.
+    A pytree that jits, checkpoints and trains like any: each tensor is held once, and its gradient is
+    the sum over all its places.
 
     Attributes:
       tree: the parameters, with a `Tie` in the place of each tied leaf.
@@ -92,9 +93,7 @@ class TiedTree:
         return {_trees.path_str(p): leaf.source for p, leaf in items if isinstance(leaf, Tie)}
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=("shared", "scale"), meta_fields=("owner",)
-)
+@partial(jax.tree_util.register_dataclass, data_fields=("shared", "scale"), meta_fields=("owner",))
 @dataclass(frozen=True)
 class TiedLayers:
     """A stack of layers some of which are one tensor: layer `i` is `scale[i] * shared[owner[i]]`.
@@ -163,6 +162,6 @@ class TiedLayers:
             return self.materialize()
         return jax.tree.map(lambda x: x[np.asarray(self.owner)], shared)
 
-    def quantized(self, quantize: Any) -> "TiedLayers":
-        """With a shared tensor quantized by `quantize(array)`."""
-        return replace(self, shared=quantize(_trees.dense(self.shared)))
+    def quantized(self, quantize: Any, spec: Any) -> "TiedLayers":
+        """With a shared tensor quantized by `quantize(array, spec)`."""
+        return replace(self, shared=quantize(_trees.dense(self.shared), spec))
