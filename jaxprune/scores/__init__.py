@@ -9,8 +9,8 @@ nobody prunes scores the scalar `+inf`. Your own needs no registration:
     masks = jp.masks.from_scores(signed(params), 0.5)
 """
 
-from jaxprune.scores._activations import wanda
+from jaxprune.scores._activations import gram_diagonal, wanda
 from jaxprune.scores._gradients import fisher, movement, taylor
 from jaxprune.scores._weights import lamp, magnitude, random
 
-__all__ = ["fisher", "lamp", "magnitude", "movement", "random", "taylor", "wanda"]
+__all__ = ["fisher", "gram_diagonal", "lamp", "magnitude", "movement", "random", "taylor", "wanda"]

@@ -36,11 +36,7 @@ def wanda(params: Params, stats: PyTree, *, where: Where = None) -> Scores:
     Reference: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023,
     https://arxiv.org/abs/2306.11695
     """
-    paths, leaves, treedef = _trees.flatten(params)
-    try:
-        found = treedef.flatten_up_to(stats)
-    except ValueError as error:
-        raise ValueError(f"stats: of another tree than params ({error})") from error
+    paths, leaves, found, treedef = _matched(params, stats)
     chosen = _trees.select(params, where)
     return treedef.unflatten(
         _wanda(path, leaf, stat)
@@ -48,6 +44,50 @@ def wanda(params: Params, stats: PyTree, *, where: Where = None) -> Scores:
         else _trees.unpruned_score()
         for path, leaf, stat, hit in zip(paths, leaves, found, chosen, strict=True)
     )
+
+
+def gram_diagonal(params: Params, stats: PyTree, *, where: Where = None) -> Scores:
+    """The mean square of what multiplies each weight: what a squared error of that weight costs.
+
+    The diagonal of the layer's Hessian, up to a factor: `importance=` of `jp.cluster_tree`.
+
+    Args:
+      params: any tree of arrays.
+      stats: of `jp.calibrate` on the same tree.
+      where: which leaves; by default floating leaves with two axes or more.
+
+    Returns:
+      Tree like `params`: non-negative float32 that broadcast against the weights, or the scalar `+inf`,
+      also for weights that multiplied nothing.
+
+    Raises:
+      ValueError: statistics of another tree, or of weights of another shape.
+
+    Example:
+      >>> params, x = {"w": jnp.ones((2, 3))}, jnp.array([[3.0, 1.0]])
+      >>> stats = jp.calibrate(lambda p, x: x @ p["w"], params, [x])
+      >>> jp.scores.gram_diagonal(params, stats)["w"].tolist()
+      [[9.0], [1.0]]
+
+    Reference: Hassibi & Stork, "Optimal Brain Surgeon", 1992
+    """
+    paths, leaves, found, treedef = _matched(params, stats)
+    chosen = _trees.select(params, where)
+    return treedef.unflatten(
+        per_entry(path, tuple(leaf.shape), stat, stat.mean_square)
+        if hit and np.any(np.asarray(stat.count))
+        else _trees.unpruned_score()
+        for path, leaf, stat, hit in zip(paths, leaves, found, chosen, strict=True)
+    )
+
+
+def _matched(params: Params, stats: PyTree) -> tuple[list[str], list[Any], list[Any], Any]:
+    """Paths, leaves, their statistics, and the treedef."""
+    paths, leaves, treedef = _trees.flatten(params)
+    try:
+        return paths, leaves, treedef.flatten_up_to(stats), treedef
+    except ValueError as error:
+        raise ValueError(f"stats: of another tree than params ({error})") from error
 
 
 def _wanda(path: str, leaf: Any, stat: Any) -> Float[Array, "..."]:

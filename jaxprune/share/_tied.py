@@ -102,6 +102,12 @@ class TiedLayers:
       shared: (tensors, …); an array, or a compressed leaf itself.
       scale: (layers,), or `None` for 1.
       owner: which tensor each layer is.
+
+    Example:
+      >>> params = {"layers": jnp.stack([jnp.eye(3), jnp.ones((3, 3)), jnp.eye(3)])}
+      >>> tied = jp.tie_tree(params, threshold=0.9, layers="layers")
+      >>> tied.expand()["layers"].owner
+      (0, 1, 0)
     """
 
     shared: Any
