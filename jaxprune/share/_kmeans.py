@@ -198,7 +198,7 @@ def _optimal(line: Line, clusters: int) -> np.ndarray:
     cuts = [len(edges) - 1]
     for choice in reversed(back):
         cuts.append(int(choice[cuts[-1]]))
-    return edges[np.array([0, *cuts[-2::-1], len(edges) - 1])] if clusters > 1 else edges[[0, -1]]
+    return edges[np.array([0, *cuts[::-1]])]
 
 
 def _plus_plus(line: Line, clusters: int, rng: np.random.Generator) -> np.ndarray:
