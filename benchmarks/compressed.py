@@ -32,7 +32,21 @@ KINDS = {
     "int8, groups of 128": ({"bits": 8, "group_size": 128}, None),
     "nf4, groups of 64": ({"dtype": "nf4", "group_size": 64}, None),
     "int4, groups of 128": ({"bits": 4, "group_size": 128}, None),
+    "clusters, 4 bits": ({"bits": 4}, None),
+    "clusters, 4 bits, int8 codebook": ({"bits": 4}, None),
+    "clusters, 8 bits": ({"bits": 8}, None),
+    "rank 512": ({"rank": 512}, None),
 }
+
+
+def compress(params, name, **settings):
+    """The tree of one kind."""
+    if name.startswith("rank"):
+        return jp.factorize_tree(params, rank=512)
+    if not name.startswith("clusters"):
+        return jp.quantize_tree(params, **settings)
+    tree = jp.cluster_tree(params, **settings)
+    return jp.quantize_tree(tree, bits=8) if "codebook" in name else tree
 
 
 def layers(params, x):
@@ -106,7 +120,7 @@ def main():
     arguments = parser.parse_args()
     n, keys = arguments.width, jax.random.split(jax.random.key(0), 4)
     params = {f"w{i}": jax.random.normal(k, (n, n)) / n**0.5 for i, k in enumerate(keys)}
-    trees = {name: jp.quantize_tree(params, **kw) for name, (kw, _) in KINDS.items()}
+    trees = {name: compress(params, name, **kw) for name, (kw, _) in KINDS.items()}
     runs = {name: jax.jit(jp.compressed(layers, activations=a)) for name, (_, a) in KINDS.items()}
     dense, theirs, torchs = jax.jit(layers), with_qwix(params), with_torch(params)
     columns = {}
@@ -158,7 +172,7 @@ def convolutions(batches):
     trees = {
         name: jp.quantize_tree(params, **kw)
         for name, (kw, _) in KINDS.items()
-        if "group" not in name
+        if not any(word in name for word in ("group", "clusters", "rank"))
     }
     runs = {name: jax.jit(jp.compressed(cnn, activations=KINDS[name][1])) for name in trees}
     dense, columns = jax.jit(cnn), {}
@@ -185,7 +199,8 @@ def encoder():
     params = minilm.load()
     tokens = minilm.tokenize(minilm.sentences(128), length=32)
     where = r"encoder\..*weight"
-    kinds = {name: kind for name, kind in KINDS.items() if "asym" not in name}
+    odd = ("asym", "clusters", "rank")
+    kinds = {name: kind for name, kind in KINDS.items() if not any(word in name for word in odd)}
     dense = jax.jit(minilm.encode)
     target, calls, cosine = dense(params, tokens), {"dense": lambda: dense(params, tokens[:32])}, {}
     for name, (settings, activations) in kinds.items():

@@ -47,7 +47,9 @@ def mnist(arguments):
     epochs, seed = arguments.epochs, arguments.seed
     steps = epochs * (len(data.train_labels) // _cnn.BATCH)
     warm = fit(_cnn.new_params(seed), optax.adam(1e-3), data, epochs, seed, "train")
-    dense = fit(warm, optax.adam(optax.cosine_decay_schedule(1e-3, steps)), data, epochs, seed + 1, "on")
+    dense = fit(
+        warm, optax.adam(optax.cosine_decay_schedule(1e-3, steps)), data, epochs, seed + 1, "on"
+    )
     # 1: prune, while training goes on; the last quarter of the steps recovers
     schedule = jp.schedules.cubic(arguments.sparsity, end=steps * 3 // 4, every=8)
     rate = optax.cosine_decay_schedule(1e-3, steps)
@@ -90,7 +92,9 @@ def minilm():
     weights = lambda path, leaf: path.startswith("encoder") and leaf.ndim == 2
     dense = jax.jit(model.encode)
     target = dense(params, test)
-    stats = jp.calibrate(model.encode, params, [train[i : i + 32] for i in range(0, 128, 32)], where=where)
+    stats = jp.calibrate(
+        model.encode, params, [train[i : i + 32] for i in range(0, 128, 32)], where=where
+    )
     importance = jp.scores.gram_diagonal(params, stats, where=weights)
     rows = {"channel_axis": -2}  # its matrices are (out, in)
     trees = {
@@ -111,7 +115,9 @@ def minilm():
     chosen = [name for name, x in params.items() if weights(name, x)]
     size = sum(params[name].size for name in chosen)
     for name, tree in trees.items():
-        cosine = float(jnp.sum(jax.jit(jp.compressed(model.encode))(tree, test) * target, -1).mean())
+        cosine = float(
+            jnp.sum(jax.jit(jp.compressed(model.encode))(tree, test) * target, -1).mean()
+        )
         own = {key: tree[key] for key in chosen}
         bits = [8 * n / size for n in (jp.nbytes(own), jp.export.coded_bytes(own))]
         table.add_row(name, f"{bits[0]:.3f}", f"{bits[1]:.3f}", f"{cosine:.4f}")

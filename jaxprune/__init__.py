@@ -2,12 +2,14 @@
 
 Stages, in the order of use: `scores` and `budgets` say what matters, `masks` selects, `optim` trains
 under masks, `trace`, `structure` and `compact` remove channels for good, `quantize` stores weights in
-few bits and `compressed` runs on them, `export` saves, `report` shows what was gained.
+few bits, `share` lets them share values and factors, `compressed` runs on
+both, `distill` recovers accuracy, `export` saves, `report` shows what was gained.
 """
 
 from jaxprune import (
     budgets,
     calibration,
+    distill,
     export,
     masks,
     nnx,
@@ -62,6 +64,7 @@ __all__ = [
     "compact",
     "compressed",
     "dequantize_tree",
+    "distill",
     "export",
     "factorize_tree",
     "fake_quantize",

@@ -43,7 +43,17 @@ def public():
 PUBLIC = dict(public())
 FUNCTIONS = {name: f for name, f in PUBLIC.items() if inspect.isfunction(f)}
 # plain data that other functions return; their attributes are documented
-DATA = {"ClusteredState", "GradualState", "MaskedState", "PackedMask", "Pattern", "Report", "Row", "Similarity", "Tie"}
+DATA = {
+    "ClusteredState",
+    "GradualState",
+    "MaskedState",
+    "PackedMask",
+    "Pattern",
+    "Report",
+    "Row",
+    "Similarity",
+    "Tie",
+}
 # keyword-only does not suit these positional habits
 POSITIONAL = {"bits", "stats", "where"}
 

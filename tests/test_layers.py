@@ -21,6 +21,7 @@ LAYERS = {
     "structure": 2,
     "optim": 2,
     "runtime": 2,
+    "distill": 3,
     "nnx": 3,
     "qat": 3,
     "reports": 3,

@@ -42,6 +42,7 @@ class Operation:
       source: `file:line (function)` where the user's program called it.
       is_relu: it is the maximum inside `jax.nn.relu`, whose derivative at 0 is 0.
       effects: it does something besides computing its results, such as printing.
+      scope: the name scopes that it lies in, '/'-joined.
     """
 
     primitive: Any
@@ -51,6 +52,7 @@ class Operation:
     source: str
     is_relu: bool = False
     effects: bool = False
+    scope: str = ""
 
 
 @dataclass
@@ -182,7 +184,12 @@ def _constant(program: Program, value: Any, aval: Any) -> int:
 
 
 def _open(
-    program: Program, closed: ClosedJaxpr | Jaxpr, ins: list[int], *, is_relu: bool = False
+    program: Program,
+    closed: ClosedJaxpr | Jaxpr,
+    ins: list[int],
+    *,
+    is_relu: bool = False,
+    scope: str = "",
 ) -> list[int]:
     jaxpr = closed.jaxpr if isinstance(closed, ClosedJaxpr) else closed
     consts = closed.consts if isinstance(closed, ClosedJaxpr) else []
@@ -200,7 +207,8 @@ def _open(
         inner = eqn.params.get(_OPENED.get(eqn.primitive.name, ""))
         if inner is not None and len(_invars(inner)) == len(operands):
             named = eqn.params.get("name") == "relu"
-            results = _open(program, inner, operands, is_relu=is_relu or named)
+            around = "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
+            results = _open(program, inner, operands, is_relu=is_relu or named, scope=around)
         else:
             results = [_new(program, var.aval) for var in eqn.outvars]
             program.operations.append(
@@ -212,6 +220,7 @@ def _open(
                     _source(eqn),
                     is_relu and eqn.primitive.name == "max",
                     bool(eqn.effects),
+                    "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part),
                 )
             )
         env.update(zip(eqn.outvars, results, strict=True))

@@ -198,8 +198,9 @@ class _Run:
         spec = operation.params["dimension_numbers"]
         sizes, rank = tuple(operation.params["slice_sizes"]), len(held.shape)
         lead = np.ndim(index) - 1
+        factors = isinstance(held.array, LowRankArray) and held.array.batch == 0
         rows = (
-            _has_products(held.array)
+            (_has_products(held.array) or factors)
             and rank >= 2
             and held.is_straight
             and tuple(spec.collapsed_slice_dims) == (0,)

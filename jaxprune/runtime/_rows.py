@@ -1,21 +1,26 @@
 """Rows of compressed arrays."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxprune._trees import dense
 from jaxprune.quantize import QuantizedArray
-from jaxprune.share import ClusteredArray
+from jaxprune.share import ClusteredArray, LowRankArray
 
 
-def looked_up(array: QuantizedArray | ClusteredArray, index: jax.Array) -> jax.Array:
+def looked_up(array: Any, index: jax.Array) -> jax.Array:
     """Entries of the leading axis, made dense after they are taken.
 
     `index` has any shape and lies within bounds; the result is (index…, rest…).
     """
     n = array.shape[0]
     flat = index.reshape(-1)
+    if isinstance(array, LowRankArray):
+        left = jnp.take(jnp.asarray(dense(array.left)), flat, axis=0)
+        return replace(array, left=left).materialize().reshape(*index.shape, *array.shape[1:])
     if isinstance(array, ClusteredArray):
         return _looked_up_clusters(array, flat).reshape(*index.shape, *array.shape[1:])
 

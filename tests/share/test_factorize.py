@@ -44,8 +44,9 @@ def test_targets():
 
 def test_statistics_keep_outputs():
     x = normal(200, 24) * jnp.logspace(-2, 1, 24)
-    params, fn = {"w": normal(24, 20, seed=1), "t": normal(20, 24, seed=2)}, (
-        lambda p, x: (x @ p["w"], x @ p["t"].T)
+    params, fn = (
+        {"w": normal(24, 20, seed=1), "t": normal(20, 24, seed=2)},
+        (lambda p, x: (x @ p["w"], x @ p["t"].T)),
     )
     stats = jp.calibrate(fn, params, [x], second_moment=True)
     diagonal = jp.calibrate(fn, params, [x])

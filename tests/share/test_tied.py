@@ -34,7 +34,9 @@ def test_similarities():
     assert found["a", "near"] > 0.999
     np.testing.assert_allclose(found["a", "opposite"], -1, atol=1e-5)
     assert all("shape" not in pair for pair in found)
-    aligned = {(s.first, s.second): s.value for s in jp.share.similarities(params, measure="aligned")}
+    aligned = {
+        (s.first, s.second): s.value for s in jp.share.similarities(params, measure="aligned")
+    }
     np.testing.assert_allclose(aligned["a", "moved"], 1, atol=1e-5)
     fn = lambda p, x: [x @ p[n] for n in ("a", "moved", "other")]
     stats = jp.calibrate(fn, params, [normal(64, 12)], second_moment=True)

@@ -1,0 +1,228 @@
+"""Intermediate values of any function, without editing it."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxprune import _trees
+from jaxprune._types import Params
+from jaxprune.graph import (
+    Operation,
+    Program,
+    inputs_of,
+    nested_run,
+    open_program,
+    run_operation,
+    trace_program,
+)
+
+_VIEWS = (
+    "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "dynamic_slice", "expand_dims",
+    "reshape", "slice", "squeeze", "transpose",
+)  # fmt: skip
+_KINDS = ("param", "scope", "op", "name")
+
+At = str | Sequence[str] | Mapping[str, str]
+
+
+class Site(NamedTuple):
+    """A value that can be captured.
+
+    Attributes:
+      kind: `"param"` (made with a parameter), `"scope"` (the last of a name scope), `"op"` or `"name"`
+        (of `jax.ad_checkpoint.checkpoint_name`).
+      label: path of the parameter, name of the scope, operation with its number, or the name given.
+      place: operations that the value lies in (loops), by number, outermost first.
+      number: of the value there.
+    """
+
+    kind: str
+    label: str
+    place: tuple[int, ...]
+    number: int
+
+
+def capture(
+    fn: Callable[..., Any], params: Params, *args: Any, at: At, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Runs a function, and hands out values from within it.
+
+    Traced once per call: call it inside of `jit`. Gradients flow through what is captured.
+
+    Args:
+      fn: `fn(params, *args, **kwargs)`: linen `apply`, a split nnx function, raw JAX, or a small
+        function of `jp.compact`.
+      params: any tree of arrays.
+      *args, **kwargs: inputs.
+      at: which values: a pattern, several, or a dict of a name for each. A pattern is a regular
+        expression matched in full against one of
+        - `param:` the path of a parameter: the product that reads it, the sum that adds it;
+        - `scope:` a name scope (linen modules have one): the last value computed in it;
+        - `op:` an operation and how many of its kind came before: `op:tanh/0`;
+        - `name:` what `jax.ad_checkpoint.checkpoint_name` called a value.
+        Without a prefix the first kind with a match counts, in this order. In loops over layers,
+        values of all turns are stacked.
+
+    Returns:
+      The outputs of `fn`, and a dict of values: by the names of `at`, or by label.
+
+    Raises:
+      ValueError: a pattern that matches nothing (near misses are listed), or several values where a name
+        was given for one.
+
+    Example:
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
+      >>> params = {"w": jnp.ones((3, 4)), "b": jnp.zeros(4), "v": jnp.ones((4, 1))}
+      >>> out, found = jp.distill.capture(fn, params, jnp.ones((2, 3)), at={"h": "op:tanh/0", "pre": "b"})
+      >>> out.shape, found["h"].shape, float(found["pre"][0, 0])
+      ((2, 1), (2, 4), 3.0)
+    """
+    paths, leaves, treedef = _trees.flatten(params)
+    dense = [_trees.dense(leaf) for leaf in leaves]
+    inputs = inputs_of(args, kwargs)
+    program = trace_program(fn, treedef.unflatten(dense), *args, **kwargs)
+    origins = dict(zip(program.inputs, paths, strict=False))
+    wanted = _select(at, _sites(program, origins, ()))
+    found: dict[str, Any] = {}
+    outs = _run(program, [*dense, *inputs.arrays], wanted, (), found)
+    return program.out_tree.unflatten(outs), {name: found[name] for name in wanted}
+
+
+def sites(fn: Callable[..., Any], params: Params, *args: Any, **kwargs: Any) -> list[str]:
+    """What `capture` can pick, as patterns for `at`.
+
+    Args:
+      fn: `fn(params, *args, **kwargs)`.
+      params: any tree of arrays.
+      *args, **kwargs: example inputs; only shapes matter.
+
+    Returns:
+      `kind:label` of every value.
+
+    Example:
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w"])
+      >>> jp.distill.sites(fn, {"w": jnp.ones((3, 4))}, jnp.ones((2, 3)))
+      ['param:w', 'op:dot_general/0', 'op:tanh/0']
+    """
+    paths = _trees.leaf_paths(params)
+    program = trace_program(fn, params, *args, **kwargs)
+    found = _sites(program, dict(zip(program.inputs, paths, strict=False)), ())
+    order = sorted(found, key=lambda site: _KINDS.index(site.kind))
+    return list(dict.fromkeys(f"{site.kind}:{site.label}" for site in order))
+
+
+def _sites(program: Program, origins: dict[int, str], place: tuple[int, ...]) -> list[Site]:
+    """All values with a label, in order of execution; of a scope, its last value."""
+    origins = dict(origins)
+    found: list[Site] = []
+    scopes: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    for index, operation in enumerate(program.operations):
+        name = operation.primitive.name
+        read = [origins[i] for i in operation.ins if i in origins]
+        if name in _VIEWS and operation.ins[0] in origins:
+            origins[operation.outs[0]] = origins[operation.ins[0]]
+            continue
+        nested = nested_run(operation) if name == "scan" else None
+        if nested is not None:
+            inner = open_program(nested.jaxprs[0])
+            pairs = zip(inner.inputs, operation.ins, strict=True)
+            known = {mine: origins[theirs] for mine, theirs in pairs if theirs in origins}
+            found += _sites(inner, known, (*place, index))
+            read = []
+        if not operation.outs:
+            continue
+        out = operation.outs[0]
+        found += [Site("param", path, place, out) for path in dict.fromkeys(read)]
+        number = counts.get(name, 0)
+        counts[name] = number + 1
+        found.append(Site("op", f"{name}/{number}", place, out))
+        if name == "name":
+            found.append(Site("name", operation.params["name"], place, out))
+        parts = operation.scope.split("/") if operation.scope else []
+        for depth in range(1, len(parts) + 1):
+            scopes["/".join(parts[:depth])] = out
+    return found + [Site("scope", label, place, number) for label, number in scopes.items()]
+
+
+def _select(at: At, found: list[Site]) -> dict[str, Site]:
+    """The sites by the names under which they are handed out."""
+    if isinstance(at, Mapping):
+        chosen = {}
+        for name, pattern in at.items():
+            hits = _matching(pattern, found)
+            if len(hits) > 1:
+                listed = ", ".join(f"{s.kind}:{s.label}" for s in hits[:5])
+                raise ValueError(
+                    f"at: {pattern!r} for {name!r} matches {len(hits)} values ({listed}); be more "
+                    "precise, or give a list of patterns to get all"
+                )
+            chosen[name] = hits[0]
+        return chosen
+    patterns = [at] if isinstance(at, str) else list(at)
+    return {site.label: site for pattern in patterns for site in _matching(pattern, found)}
+
+
+def _matching(pattern: str, found: list[Site]) -> list[Site]:
+    kind, colon, rest = pattern.partition(":")
+    kinds = [kind] if colon and kind in _KINDS else list(_KINDS)
+    text = rest if colon and kind in _KINDS else pattern
+    regex = _trees.compile_pattern(text, parameter="at")
+    for kind in kinds:
+        hits: dict[str, Site] = {}
+        for site in found:
+            if site.kind == kind and regex.fullmatch(site.label):
+                hits.setdefault(site.label, site)  # the first use of a parameter counts
+        if hits:
+            return list(hits.values())
+    labels = [f"{site.kind}:{site.label}" for site in found if site.kind in kinds]
+    raise ValueError(
+        _trees.no_match(re.escape(text) if text in labels else text, labels, parameter="at")
+    )
+
+
+def _run(
+    program: Program,
+    inputs: list[Any],
+    wanted: Mapping[str, Site],
+    place: tuple[int, ...],
+    found: dict[str, Any],
+) -> list[Any]:
+    values = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
+    for index, operation in enumerate(program.operations):
+        operands = [values[i] for i in operation.ins]
+        here = (*place, index)
+        inside = {n: s for n, s in wanted.items() if s.place[: len(here)] == here}
+        outs = (
+            _loop(operation, operands, inside, here, found)
+            if inside
+            else run_operation(operation, operands)
+        )
+        values.update(zip(operation.outs, outs, strict=True))
+    for name, site in wanted.items():
+        if site.place == place:
+            found[name] = values[site.number]
+    return [values[i] for i in program.outputs]
+
+
+def _loop(
+    operation: Operation,
+    operands: list[Any],
+    wanted: Mapping[str, Site],
+    place: tuple[int, ...],
+    found: dict[str, Any],
+) -> list[Any]:
+    """A scan that hands out values of all its turns."""
+    nested = nested_run(operation)
+    assert nested is not None
+    body = open_program(nested.jaxprs[0])
+
+    def turn(*xs: Any) -> list[Any]:
+        inner: dict[str, Any] = {}
+        outs = _run(body, list(xs), wanted, place, inner)
+        return [*outs, *(inner[name] for name in wanted)]
+
+    outs = nested.run(operation.params, [turn], operands)
+    count = len(operation.outs)
+    found.update(zip(wanted, outs[count:], strict=True))
+    return outs[:count]
