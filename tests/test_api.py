@@ -24,6 +24,7 @@ NAMESPACES = ["jaxprune"] + [
         "export",
         "reports",
         "share",
+        "distill",
     )
 ]
 
@@ -44,14 +45,18 @@ PUBLIC = dict(public())
 FUNCTIONS = {name: f for name, f in PUBLIC.items() if inspect.isfunction(f)}
 # plain data that other functions return; their attributes are documented
 DATA = {
+    "CRDState",
     "ClusteredState",
     "GradualState",
     "MaskedState",
     "PackedMask",
     "Pattern",
     "Report",
+    "Projector",
     "Row",
+    "Seen",
     "Similarity",
+    "Site",
     "Tie",
 }
 # keyword-only does not suit these positional habits

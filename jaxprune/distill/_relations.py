@@ -139,12 +139,15 @@ def cckd(
     return distance / len(s) ** 2 if reduction == "mean" else distance
 
 
-def similarity_preserving(s: Array, t: Array, *, reduction: str = "mean") -> Float[Array, ""]:
-    """Similarity-preserving distillation: the squared distance of the examples' Gram matrices, their rows
-    of unit length.
+def similarity_preserving(
+    s: Array, t: Array, *, norm: int = 1, reduction: str = "mean"
+) -> Float[Array, ""]:
+    """Similarity-preserving distillation: the squared distance of the examples' Gram matrices, each row
+    divided by its norm.
 
     Args:
       s, t: features, (batch, …); sizes may differ.
+      norm: of rows: 1 (the sum of magnitudes, as torchdistill has it) or 2 (as in the paper).
       reduction: `"mean"` (over batch²), or `"sum"`.
 
     Returns:
@@ -163,7 +166,15 @@ def similarity_preserving(s: Array, t: Array, *, reduction: str = "mean") -> Flo
     """
     _checks.choice("reduction", reduction, ("mean", "sum"))
     s, t = _rows(s, t)
-    total = jnp.sum(jnp.square(normalized(s @ s.T, 1) - normalized(t @ t.T, 1)))
+    _checks.choice("norm", norm, (1, 2))
+
+    def gram(x: Array) -> Array:
+        product = x @ x.T
+        if norm == 2:
+            return normalized(product, 1)
+        return product / jnp.maximum(jnp.sum(jnp.abs(product), 1, keepdims=True), 1e-12)
+
+    total = jnp.sum(jnp.square(gram(s) - gram(t)))
     return total / len(s) ** 2 if reduction == "mean" else total
 
 
