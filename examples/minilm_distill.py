@@ -74,7 +74,9 @@ def main():
         jnp.stack(
             [
                 jp.distill.hint(s.at[a], t.at[b], where=present(batch))
-                for a, b in zip(states(len(layers)), [states(depth)[i] for i in layers], strict=True)
+                for a, b in zip(
+                    states(len(layers)), [states(depth)[i] for i in layers], strict=True
+                )
             ]
         )
     )

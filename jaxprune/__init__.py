@@ -3,7 +3,8 @@
 Stages, in the order of use: `scores` and `budgets` say what matters, `masks` selects, `optim` trains
 under masks, `trace`, `structure` and `compact` remove channels for good, `quantize` stores weights in
 few bits, `share` lets them share values and factors, `compressed` runs on
-both, `distill` recovers accuracy, `export` saves, `report` shows what was gained.
+both, `distill` recovers accuracy, `gates` decide per input what runs, `export` saves, `report` shows
+what was gained.
 """
 
 from jaxprune import (
@@ -11,6 +12,8 @@ from jaxprune import (
     calibration,
     distill,
     export,
+    gates,
+    linen,
     masks,
     nnx,
     optim,
@@ -69,6 +72,8 @@ __all__ = [
     "factorize_tree",
     "fake_quantize",
     "fake_quantize_tree",
+    "gates",
+    "linen",
     "masked_update",
     "masks",
     "materialize_tree",

@@ -25,6 +25,9 @@ NAMESPACES = ["jaxprune"] + [
         "reports",
         "share",
         "distill",
+        "gates",
+        "linen",
+        "nnx",
     )
 ]
 
@@ -45,8 +48,10 @@ PUBLIC = dict(public())
 FUNCTIONS = {name: f for name, f in PUBLIC.items() if inspect.isfunction(f)}
 # plain data that other functions return; their attributes are documented
 DATA = {
+    "Baseline",
     "CRDState",
     "ClusteredState",
+    "GatedFunction",
     "GradualState",
     "MaskedState",
     "PackedMask",

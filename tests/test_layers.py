@@ -20,8 +20,10 @@ LAYERS = {
     "calibration": 2,
     "structure": 2,
     "optim": 2,
+    "gates": 2,
     "runtime": 2,
     "distill": 3,
+    "linen": 3,
     "nnx": 3,
     "qat": 3,
     "reports": 3,
@@ -37,7 +39,7 @@ SIBLINGS = {
 }
 ONLY = {
     "optax": {"optim", "cli"},
-    "flax": {"cli", "nnx"},
+    "flax": {"cli", "linen", "nnx"},
     "orbax": {"export"},
     "matplotlib": {"reports"},
 }

@@ -1,5 +1,21 @@
-"""For `flax.nnx`: modules in, modules out."""
+"""For `flax.nnx`: modules in, modules out; gated modules."""
 
 from jaxprune.nnx._compact import compact
+from jaxprune.nnx._gates import (
+    BlockGate,
+    ChannelGate,
+    GatedConv,
+    GatedDense,
+    HeadGate,
+    TokenGate,
+)
 
-__all__ = ["compact"]
+__all__ = [
+    "BlockGate",
+    "ChannelGate",
+    "GatedConv",
+    "GatedDense",
+    "HeadGate",
+    "TokenGate",
+    "compact",
+]

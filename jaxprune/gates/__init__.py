@@ -1,0 +1,90 @@
+"""Gates: which channels, tokens and blocks run is decided for each input, and what is closed is skipped.
+
+The method in five steps: train the network; design gates (`attach`, or the modules of `jp.linen` and
+`jp.nnx`); train both together, with a cost (`l1`, `expected_l0`, `target_rate`, `weighted_cost`) or a
+policy (`reinforce`); run with pruning (`gathered_conv`, `maybe`, `routed`, `early_exit`); fine-tune
+with the gates held.
+"""
+
+from jaxprune.gates._attach import GatedFunction, attach
+from jaxprune.gates._binary import (
+    gumbel_sigmoid,
+    saliency,
+    semantic_hashing,
+    straight_through,
+    top_k,
+)
+from jaxprune.gates._concrete import expected_l0, hard_concrete, hard_concrete_mean
+from jaxprune.gates._costs import entropy, l1, load_balance, target_rate, weighted_cost
+from jaxprune.gates._layers import (
+    METHODS,
+    RANDOM,
+    beside,
+    bottleneck,
+    gate_logits,
+    gate_params,
+    kept,
+    opened,
+    pooled,
+)
+from jaxprune.gates._reinforce import (
+    Baseline,
+    bernoulli,
+    clipped,
+    curriculum,
+    dropped_reward,
+    log_prob,
+    moving_baseline,
+    policy_entropy,
+    reinforce,
+)
+from jaxprune.gates._skip import (
+    active,
+    early_exit,
+    gathered_conv,
+    gathered_dense,
+    in_buckets,
+    maybe,
+    routed,
+    scattered,
+)
+
+__all__ = [
+    "Baseline",
+    "GatedFunction",
+    "active",
+    "attach",
+    "bernoulli",
+    "bottleneck",
+    "clipped",
+    "curriculum",
+    "dropped_reward",
+    "early_exit",
+    "entropy",
+    "expected_l0",
+    "gate_logits",
+    "gate_params",
+    "gathered_conv",
+    "gathered_dense",
+    "gumbel_sigmoid",
+    "hard_concrete",
+    "hard_concrete_mean",
+    "in_buckets",
+    "l1",
+    "load_balance",
+    "log_prob",
+    "maybe",
+    "moving_baseline",
+    "opened",
+    "policy_entropy",
+    "pooled",
+    "reinforce",
+    "routed",
+    "saliency",
+    "scattered",
+    "semantic_hashing",
+    "straight_through",
+    "target_rate",
+    "top_k",
+    "weighted_cost",
+]

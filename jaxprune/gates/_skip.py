@@ -1,0 +1,323 @@
+"""Running only what gates open: the work of closed ones is not done.
+
+Each function equals its masked counterpart: what is skipped would have been multiplied by 0.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxprune import _checks
+from jaxprune.gates._binary import check_k
+
+
+def active(saliency: Float[Array, "n"], k: int) -> Int[Array, "k"]:
+    """The numbers of the k largest entries, ascending; of ties, the earlier ones.
+
+    Args:
+      saliency: of each channel.
+      k: how many, 1 to all.
+
+    Returns:
+      int32 (k,).
+
+    Raises:
+      ValueError: k out of range.
+
+    Example:
+      >>> jp.gates.active(jnp.array([3.0, 1.0, 2.0]), 2).tolist()
+      [0, 2]
+    """
+    check_k(k, saliency.shape[-1], "the saliencies")
+    return jnp.sort(jax.lax.top_k(saliency, k)[1]).astype(jnp.int32)
+
+
+def gathered_dense(
+    x: Float[Array, "... n_in"],
+    kernel: Float[Array, "n_in n_out"],
+    *,
+    bias: Float[Array, "n_out"] | None = None,
+    inputs: Int[Array, "k_in"] | None = None,
+    outputs: Int[Array, "k_out"] | None = None,
+) -> Float[Array, "... k_out"]:
+    """A product of active inputs with active outputs only.
+
+    Args:
+      x: all inputs, or just the active ones (k_in of them).
+      kernel, bias: of the whole layer.
+      inputs, outputs: numbers of the active ones; `None` for all.
+
+    Returns:
+      The active outputs; `scattered` puts them in their places.
+
+    Raises:
+      ValueError: sizes that do not fit.
+
+    Example:
+      >>> x, kernel = jnp.ones((1, 3)), jnp.arange(12.0).reshape(3, 4)
+      >>> jp.gates.gathered_dense(x, kernel, outputs=jnp.array([1, 3])).tolist()
+      [[15.0, 21.0]]
+    """
+    x, kernel, bias = _gathered(x, kernel, bias, inputs, outputs, -1)
+    y = x @ kernel
+    return y if bias is None else y + bias
+
+
+def _gathered(
+    x: Array, kernel: Array, bias: Array | None, inputs: Any, outputs: Any, axis: int
+) -> tuple[Array, Array, Array | None]:
+    n_in = kernel.shape[-2]
+    if inputs is not None:
+        if x.shape[axis] not in (n_in, inputs.shape[0]):
+            raise ValueError(
+                f"x: {x.shape[axis]} channels, expected all {n_in} or the {inputs.shape[0]} active ones"
+            )
+        kernel = jnp.take(kernel, inputs, axis=-2)
+        if x.shape[axis] == n_in != inputs.shape[0]:
+            x = jnp.take(x, inputs, axis=axis)
+    elif x.shape[axis] != n_in:
+        raise ValueError(f"x: {x.shape[axis]} channels, the kernel reads {n_in}")
+    if outputs is not None:
+        kernel = jnp.take(kernel, outputs, axis=-1)
+        bias = None if bias is None else jnp.take(bias, outputs)
+    return x, kernel, bias
+
+
+def gathered_conv(
+    x: Float[Array, "b h w n_in"],
+    kernel: Float[Array, "kh kw n_in n_out"],
+    *,
+    bias: Float[Array, "n_out"] | None = None,
+    inputs: Int[Array, "k_in"] | None = None,
+    outputs: Int[Array, "k_out"] | None = None,
+    strides: Sequence[int] = (1, 1),
+    padding: Any = "SAME",
+) -> Float[Array, "b h w k_out"]:
+    """A convolution of active input channels to active output channels only.
+
+    Args:
+      x: images with all channels, or just the active ones.
+      kernel, bias: of the whole layer.
+      inputs, outputs: numbers of the active channels; `None` for all.
+      strides, padding: of the convolution.
+
+    Returns:
+      The active channels; `scattered` puts them in their places.
+
+    Raises:
+      ValueError: sizes that do not fit.
+
+    Example:
+      >>> x, kernel = jnp.ones((1, 4, 4, 8)), jnp.ones((3, 3, 8, 16))
+      >>> index = jnp.arange(4)
+      >>> jp.gates.gathered_conv(x, kernel, inputs=index, outputs=index).shape
+      (1, 4, 4, 4)
+    """
+    x, kernel, bias = _gathered(x, kernel, bias, inputs, outputs, -1)
+    y = jax.lax.conv_general_dilated(
+        x, kernel, tuple(strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return y if bias is None else y + bias
+
+
+def scattered(
+    y: Float[Array, "... k"], index: Int[Array, "k"], size: int
+) -> Float[Array, "... size"]:
+    """Active channels in their places, 0 in the others. Inverse, on the active ones, of taking them.
+
+    Args:
+      y: active channels.
+      index: their numbers.
+      size: number of all channels.
+
+    Returns:
+      All channels.
+
+    Example:
+      >>> jp.gates.scattered(jnp.array([5.0, 6.0]), jnp.array([0, 2]), 4).tolist()
+      [5.0, 0.0, 6.0, 0.0]
+    """
+    return jnp.zeros((*y.shape[:-1], size), y.dtype).at[..., index].set(y)
+
+
+def in_buckets(
+    run: Callable[[int], Callable[..., Any]],
+    count: Int[Array, ""],
+    buckets: Sequence[int],
+    *args: Any,
+) -> Any:
+    """Runs `run(k)(*args)` for the smallest bucket k that holds `count`: sizes that vary, compiled for
+    a few.
+
+    Args:
+      run: `k -> function`; its result must not depend on k in shape.
+      count: how many are active; above the last bucket it counts as that.
+      buckets: sizes, ascending.
+      *args: of the function.
+
+    Returns:
+      Its result.
+
+    Raises:
+      ValueError: no buckets, or not ascending.
+
+    Example:
+      >>> run = lambda k: lambda x: jnp.sum(x[:k])
+      >>> float(jp.gates.in_buckets(run, jnp.array(3), (2, 4, 8), jnp.ones(8)))
+      4.0
+    """
+    sizes = list(buckets)
+    if not sizes or sizes != sorted(set(sizes)):
+        raise ValueError(f"buckets: expected ascending sizes, got {sizes}")
+    which = jnp.minimum(jnp.searchsorted(jnp.asarray(sizes), count), len(sizes) - 1)
+    return jax.lax.switch(which, [run(k) for k in sizes], *args)
+
+
+def maybe(gate: Any, block: Callable[..., Array], x: Array, *args: Any) -> Array:
+    """`x + block(x)` if the gate is open, else `x`: the block does not run.
+
+    For one decision (batch 1, or one for the whole batch); under `vmap` both sides run.
+
+    Args:
+      gate: a scalar; open above 0.5.
+      block: `(x, *args) -> y` of the shape of `x`.
+      x: the residual stream.
+      *args: more arguments of the block.
+
+    Returns:
+      The shape of `x`.
+
+    Raises:
+      ValueError: a gate that is no scalar.
+
+    Example:
+      >>> x = jnp.ones(2)
+      >>> jp.gates.maybe(jnp.array(0.0), jnp.exp, x).tolist()
+      [1.0, 1.0]
+
+    Reference: Wang et al., SkipNet, 2017, https://arxiv.org/abs/1711.09485
+    """
+    if jnp.size(gate) != 1:
+        raise ValueError(
+            f"gate: expected one decision, got shape {jnp.shape(gate)}; with one per example use "
+            "jp.gates.routed"
+        )
+    is_open = jnp.reshape(gate, ()) > 0.5
+    return jax.lax.cond(is_open, lambda x: x + block(x, *args).astype(x.dtype), lambda x: x, x)
+
+
+def routed(
+    block: Callable[..., Array],
+    x: Float[Array, "... n features"],
+    scores: Float[Array, "... n"],
+    capacity: int,
+    *,
+    weight: Callable[[Array], Array] | None = None,
+) -> Float[Array, "... n features"]:
+    """Capacity routing: the block runs on the `capacity` entries that score highest, the others pass by.
+
+    Entries are examples (scores of one axis, the first of `x`) or the tokens of each example (two axes).
+    `x + weight(score) block(x)` for the chosen, `x` for the others.
+
+    Args:
+      block: `(capacity, …) -> (capacity, …)` on examples, `(batch, capacity, …)` on tokens.
+      x: the residual stream.
+      scores: (examples,) or (batch, tokens).
+      capacity: how many, 1 to all.
+      weight: of what the block adds, from the score, which gives scores a gradient: `jax.nn.sigmoid`; by
+        default 1.
+
+    Returns:
+      The shape of `x`.
+
+    Raises:
+      ValueError: a capacity out of range.
+
+    Example:
+      >>> x = jnp.array([[1.0], [2.0], [3.0]])
+      >>> jp.gates.routed(lambda x: 10 * x, x, jnp.array([0.0, 5.0, 1.0]), 1).ravel().tolist()
+      [1.0, 22.0, 3.0]
+
+    Reference: Raposo et al., "Mixture-of-Depths", 2024, https://arxiv.org/abs/2404.02258
+    """
+    scores = jnp.asarray(scores)
+    if scores.ndim not in (1, 2) or scores.shape != x.shape[: scores.ndim]:
+        raise ValueError(
+            f"scores: shape {scores.shape}, expected the first one or two axes of x, {x.shape}"
+        )
+    _checks.positive_int("capacity", capacity)
+    if capacity > scores.shape[-1]:
+        raise ValueError(f"capacity: {capacity} is more than the {scores.shape[-1]} entries")
+    best, index = jax.lax.top_k(scores, capacity)
+    order = jnp.argsort(index, -1)  # in their own order, as causal blocks expect
+    index, best = (jnp.take_along_axis(y, order, -1) for y in (index, best))
+    if scores.ndim == 1:
+        y = block(jnp.take(x, index, axis=0))
+        y = y if weight is None else y * _beside(weight(best), y)
+        return x.at[index].add(y.astype(x.dtype))
+    rows = jnp.arange(x.shape[0])[:, None]
+    y = block(x[rows, index])
+    y = y if weight is None else y * _beside(weight(best), y)
+    return x.at[rows, index].add(y.astype(x.dtype))
+
+
+def _beside(w: Array, y: Array) -> Array:
+    return w.reshape(w.shape + (1,) * (y.ndim - w.ndim)).astype(y.dtype)
+
+
+def early_exit(
+    stages: Sequence[Callable[[Array], Array]],
+    heads: Sequence[Callable[[Array], Array]],
+    x: Float[Array, "batch ..."],
+    *,
+    capacities: Sequence[int],
+    confidence: Callable[[Array], Array] | None = None,
+) -> tuple[Float[Array, "batch classes"], Int[Array, "batch"]]:
+    """Sorted early exit: after each stage, the examples that are surest leave, and only the others go on.
+
+    Args:
+      stages: `features -> features`, each on what the one before made.
+      heads: `features -> logits`, one per stage.
+      x: a batch.
+      capacities: how many examples each stage after the first takes: of fixed sizes, so that all is
+        compiled.
+      confidence: `logits -> (batch,)`; by default the largest probability.
+
+    Returns:
+      Logits of each example from the head where it left, and the number of that stage.
+
+    Raises:
+      ValueError: numbers of stages, heads and capacities that do not fit.
+
+    Example:
+      >>> stage, head = (lambda x: x + 1), (lambda x: jnp.concatenate([x, -x], -1))
+      >>> logits, left = jp.gates.early_exit([stage] * 2, [head] * 2, jnp.array([[9.0], [-1.0]]),
+      ...                                    capacities=[1])
+      >>> left.tolist(), logits[:, 0].tolist()
+      ([0, 1], [10.0, 1.0])
+
+    Reference: Teerapittayanon et al., BranchyNet, 2017, https://arxiv.org/abs/1709.01686
+    """
+    if len(stages) != len(heads) or len(capacities) != len(stages) - 1 or not stages:
+        raise ValueError(
+            f"stages: {len(stages)} stages, {len(heads)} heads and {len(capacities)} capacities; "
+            "expected as many heads as stages, and one capacity fewer"
+        )
+    sure = (lambda y: jnp.max(jax.nn.softmax(y, -1), -1)) if confidence is None else confidence
+    features = stages[0](x)
+    logits = heads[0](features)
+    left = jnp.zeros(x.shape[0], jnp.int32)
+    rows = jnp.arange(x.shape[0])
+    now = logits
+    for number, capacity in enumerate(capacities, 1):
+        _checks.positive_int("capacities", capacity)
+        if capacity > len(rows):
+            raise ValueError(f"capacities: {capacity} is more than the {len(rows)} examples before")
+        index = jax.lax.top_k(-sure(now), capacity)[1]
+        rows, features = rows[index], stages[number](features[index])
+        now = heads[number](features)
+        logits, left = logits.at[rows].set(now), left.at[rows].set(number)
+    return logits, left
