@@ -1,8 +1,8 @@
 """Gated modules for `flax.nnx`.
 
-Gates that draw in training take their keys from the `gates` stream of the `rngs` given when the module
-is made; `deterministic=True` is inference. Each module keeps its last gates, (batch, gates), as an
-`nnx.Intermediate` named `gate`.
+Gates that draw in training take their keys from the `gates` stream of the `rngs` given when the module is
+made; `deterministic=True` is inference. Called within `nnx.capture(fn, nnx.Intermediate)`, each module
+hands out its gates, (batch, gates), under the name `gate`, for a cost of open gates.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,7 +68,7 @@ class ChannelGate(nnx.Module):
             key=key,
             temperature=self.temperature,
         )
-        self.sow(nnx.Intermediate, "gate", found)
+        _hand_out(self, "gate", found)
         return found
 
 
@@ -212,7 +212,7 @@ class TokenGate(nnx.Module):
     ) -> Float[Array, "batch time features"]:
         """`x` plus, for the chosen tokens, what the block makes of them, weighted by their score."""
         scores = self.score(x)[..., 0]
-        self.sow(nnx.Intermediate, "scores", scores)
+        _hand_out(self, "scores", scores)
         count = gates.kept(self.capacity, x.shape[1])
         return gates.routed(block, x, scores, count, weight=jax.nn.sigmoid)
 
@@ -299,6 +299,12 @@ class HeadGate(nnx.Module):
         """What heads made, that of closed ones 0."""
         found = self.gate(x.reshape(*x.shape[:2], -1), deterministic=deterministic)
         return x * found[:, None, :, None].astype(x.dtype)
+
+
+def _hand_out(module: nnx.Module, name: str, value: Array) -> None:
+    """Sows a value for who captures; nothing piles up in the module otherwise."""
+    if hasattr(module, "__captures__"):
+        module.sow(nnx.Intermediate, name, value)
 
 
 def _open(

@@ -83,6 +83,8 @@ def test_nnx_layers_skip_and_train():
     np.testing.assert_allclose(jp.gates.scattered(few, index, 6), net(x), rtol=1e-4, atol=1e-5)
     grads = nnx.grad(lambda net: jnp.sum(net(normal(3, 8, 8, 4)) ** 2))(net)
     assert float(jnp.abs(grads["first"]["gate"]["expand_kernel"][...]).max()) > 0
+    _, seen = nnx.capture(lambda net, x: net(x), nnx.Intermediate)(net, normal(3, 8, 8, 4))
+    assert seen["first"]["gate"]["gate"][0].shape == (3, 12)
     with pytest.raises(ValueError, match="batch of 3"):
         net.skip(normal(3, 8, 8, 4))
 
