@@ -70,7 +70,12 @@ def test_scanned_layers_have_statistics_each_and_recurrences_share_them():
     assert {c.lowering for c in run.choices} == {"integer"}
 
 
-@pytest.mark.parametrize("name", ["mlp", "residual", "flatten_cnn", "post_norm_encoder"])
+SLOW = ["residual", "flatten_cnn", "post_norm_encoder"]
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_zoo_with_static_and_dynamic_activations(name):
     fn, params, x = build(name)
     stats = jp.calibrate(fn, params, [(x,)], histogram=True)

@@ -29,6 +29,7 @@ def test_bad_options(arguments):
     assert CliRunner().invoke(app, ["demo", *arguments]).exit_code == 2
 
 
+@pytest.mark.slow
 def test_tune(tmp_path, monkeypatch):
     file = tmp_path / "cache" / "tuning.json"
     monkeypatch.setenv("JAXPRUNE_TUNING", str(file))

@@ -170,7 +170,12 @@ def test_objective_with_projectors_keys_and_precomputed_outputs():
     assert quiet != loud
 
 
-@pytest.mark.parametrize("how", ["compact", "masks", "quantize", "qat", "clusters", "factors"])
+SLOW = ["quantize", "qat", "clusters", "factors"]
+
+
+@pytest.mark.parametrize(
+    "how", ["compact", "masks", *(pytest.param(how, marks=pytest.mark.slow) for how in SLOW)]
+)
 def test_recover(how):
     dense = {
         "w1": normal(12, 32) / 3,

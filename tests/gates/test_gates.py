@@ -261,7 +261,15 @@ def test_buckets_and_early_exit():
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", "flatten_cnn", "squeeze_excite", "grouped_query_attention", "glu_and_split"]
+    "name",
+    [
+        "mlp",
+        "flatten_cnn",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("squeeze_excite", "grouped_query_attention", "glu_and_split")
+        ),
+    ],
 )
 def test_attached_gates_equal_masks(name):
     fn, params, x = build(name)

@@ -94,7 +94,12 @@ def test_training_improves_and_converting_changes_nothing(settings, training):
         assert not np.asarray(dense)[~np.asarray(mask)].any()
 
 
-@pytest.mark.parametrize("name", ["residual", "scanned_layers", "nnx_cnn"])
+SLOW = ["residual", "scanned_layers"]
+
+
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in SLOW), "nnx_cnn"]
+)
 def test_networks(name):
     net, params, x = build(name)
     stats = jp.calibrate(net, params, [(x,)])

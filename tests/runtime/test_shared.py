@@ -103,8 +103,17 @@ ZOO = [
 ]
 
 
-@pytest.mark.parametrize("how", ["clusters", "factors", "tucker", "quantized factors"])
-@pytest.mark.parametrize("name", ZOO)
+QUICK = [("flatten_cnn", "clusters"), ("flatten_cnn", "tucker"), ("scanned_layers", "factors")]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        pytest.param(name, how, marks=[] if (name, how) in QUICK else pytest.mark.slow)
+        for name in ZOO
+        for how in ("clusters", "factors", "tucker", "quantized factors")
+    ],
+)
 @pytest.mark.filterwarnings("ignore:factorize_tree")
 def test_networks(name, how):
     fn, params, x = build(name)

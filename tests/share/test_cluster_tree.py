@@ -36,7 +36,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [w if w in ("clusters", "groups") else pytest.param(w, marks=pytest.mark.slow) for w in WAYS],
+)
 def test_contract_of_the_leaf(way):
     x = {"m": normal(8, 12), "stack": normal(4, 8, 12), "k": normal(3, 3, 8, 12)}
     tree = jp.cluster_tree(x, **WAYS[way])
