@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprune import _checks
+from jaxprune.distill._logits import cross_entropy, kd
 from jaxprune.distill._reduce import frozen, normalized, same_shapes, wide
 
 
@@ -141,8 +142,6 @@ def self_supervision(x: Float[Array, "batch features"]) -> Float[Array, ""]:
     Reference: Xu et al., "Knowledge Distillation Meets Self-Supervision", 2020,
     https://arxiv.org/abs/2006.07114
     """
-    from jaxprune.distill._logits import cross_entropy
-
     alike = _similarities(*wide(x))
     return jnp.mean(cross_entropy(alike, _originals(alike), -1))
 
@@ -203,8 +202,6 @@ def sskd(
     Reference: Xu et al., "Knowledge Distillation Meets Self-Supervision", 2020,
     https://arxiv.org/abs/2006.07114
     """
-    from jaxprune.distill._logits import cross_entropy, kd
-
     for name, value in (("ss_ratio", ss_ratio), ("tf_ratio", tf_ratio)):
         _checks.fraction(name, value)
     (s_logits, s_embed), (t_logits, t_embed) = wide(*s), wide(*t)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxprune import _checks
+from jaxprune.distill._logits import kd
 from jaxprune.distill._reduce import (
     flat,
     normalized,
@@ -440,8 +441,6 @@ def srd(s: Pair, t: Pair, *, exponent: float = 1.0, temperature: float = 1.0) ->
     Reference: Miles & Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation",
     2024, https://arxiv.org/abs/2303.11098
     """
-    from jaxprune.distill._logits import kd
-
     _checks.positive("exponent", exponent)
     same_shapes(s[0], t[0])
     (a, b) = wide(s[0], t[0])

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _trees
+from jaxprune import _checks, _trees
 from jaxprune._types import Params, is_compressed
 from jaxprune.distill._capture import At, capture
+from jaxprune.distill._logits import kd
 from jaxprune.runtime import compressed
 
 
@@ -145,8 +146,6 @@ def mutual(
 
     Reference: Zhang et al., "Deep Mutual Learning", 2018, https://arxiv.org/abs/1706.00384
     """
-    from jaxprune.distill._logits import kd
-
     if len(outs) < 2:
         raise ValueError(f"outs: expected at least two networks, got {len(outs)}")
     one = (lambda s, t: kd(s, t, temperature=temperature)) if loss is None else loss
@@ -176,8 +175,6 @@ def ema(teacher: Params, student: Params, decay: Any) -> Params:
 
     Reference: Tarvainen & Valpola, "Mean teachers", 2017, https://arxiv.org/abs/1703.01780
     """
-    from jaxprune import _checks
-
     _checks.fraction("decay", decay)
     _checks.same_structure("student", student, "teacher", teacher)
     return jax.tree.map(

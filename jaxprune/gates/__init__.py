@@ -45,8 +45,10 @@ from jaxprune.gates._skip import (
     gathered_dense,
     in_buckets,
     maybe,
+    open_channels,
     routed,
     scattered,
+    spread,
 )
 
 __all__ = [

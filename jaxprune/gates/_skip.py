@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune import _checks
 from jaxprune.gates._binary import check_k
+from jaxprune.gates._layers import kept
 
 
 def active(saliency: Float[Array, "n"], k: int) -> Int[Array, "k"]:
@@ -141,6 +142,28 @@ def scattered(
       [5.0, 0.0, 6.0, 0.0]
     """
     return jnp.zeros((*y.shape[:-1], size), y.dtype).at[..., index].set(y)
+
+
+def spread(x: Array, inputs: Any, channels: int) -> Array:
+    """All channels of what holds just some of them, if it does."""
+    if inputs is None or x.shape[-1] == channels:
+        return x
+    return scattered(x, inputs, channels)
+
+
+def open_channels(gates: Array, method: str, k: int | float) -> tuple[Array, Array]:
+    """The gates of a batch of one, and the numbers of the open ones; refuses what has no fixed number."""
+    if gates.shape[0] != 1:
+        raise ValueError(
+            f"x: a batch of {gates.shape[0]}; channels are skipped for one example at a time: "
+            "jax.lax.map over examples, or route them with jp.gates.routed"
+        )
+    if method != "top_k":
+        raise ValueError(
+            f"method: {method!r} opens a varying number of gates; skip with 'top_k', or "
+            "jp.gates.in_buckets"
+        )
+    return gates[0], active(gates[0], kept(k, gates.shape[-1]))
 
 
 def in_buckets(

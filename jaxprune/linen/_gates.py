@@ -116,10 +116,10 @@ class GatedConv(nn.Module):
         For `"top_k"` gates and a batch of 1; `inputs` are the numbers of the channels that `x` holds,
         if it comes from another skipping layer (the gate then reads zeros for the others).
         """
-        whole = _whole(x, inputs, self.conv.variables["params"]["kernel"].shape[-2])
-        found = _one(self.gate(whole, deterministic=True), self.method)
-        index = gates.active(found, gates.kept(self.k, self.features))
         weights = self.conv.variables["params"]
+        whole = gates.spread(x, inputs, weights["kernel"].shape[-2])
+        opened = self.gate(whole, deterministic=True)
+        found, index = gates.open_channels(opened, self.method, self.k)
         y = gates.gathered_conv(
             x,
             weights["kernel"],
@@ -169,9 +169,9 @@ class GatedDense(nn.Module):
     def skip(self, x: Float[Array, "1 ... c"], inputs: Any = None) -> tuple[Array, Array]:
         """Only the open outputs, and their numbers; see `GatedConv.skip`."""
         weights = self.dense.variables["params"]
-        whole = _whole(x, inputs, weights["kernel"].shape[0])
-        found = _one(self.gate(whole, deterministic=True), self.method)
-        index = gates.active(found, gates.kept(self.k, self.features))
+        whole = gates.spread(x, inputs, weights["kernel"].shape[0])
+        opened = self.gate(whole, deterministic=True)
+        found, index = gates.open_channels(opened, self.method, self.k)
         y = gates.gathered_dense(
             x, weights["kernel"], bias=weights.get("bias"), inputs=inputs, outputs=index
         )
@@ -281,23 +281,3 @@ class BlockGate(nn.Module):
         weighted).
         """
         return gates.maybe(self.gate(x, deterministic=True)[0, 0], block, x)
-
-
-def _whole(x: Any, inputs: Any, channels: int) -> Any:
-    if inputs is None or x.shape[-1] == channels:
-        return x
-    return gates.scattered(x, inputs, channels)
-
-
-def _one(found: Any, method: str) -> Any:
-    if found.shape[0] != 1:
-        raise ValueError(
-            f"x: a batch of {found.shape[0]}; channels are skipped for one example at a time: "
-            "jax.lax.map over examples, or route them with jp.gates.routed"
-        )
-    if method != "top_k":
-        raise ValueError(
-            f"method: {method!r} opens a varying number of gates; skip with 'top_k', or "
-            "jp.gates.in_buckets"
-        )
-    return found[0]

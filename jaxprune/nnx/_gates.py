@@ -118,7 +118,7 @@ class GatedConv(nnx.Module):
             use_bias=use_bias,
             rngs=rngs,
         )
-        self.features, self.strides, self.padding = features, tuple(strides), padding
+        self.strides, self.padding = tuple(strides), padding
 
     def __call__(self, x: Float[Array, "b ... c"], *, deterministic: bool = False) -> Array:
         """All channels, those of closed gates 0."""
@@ -128,7 +128,7 @@ class GatedConv(nnx.Module):
     def skip(self, x: Float[Array, "1 h w c"], inputs: Any = None) -> tuple[Array, Array]:
         """Only the open channels, and their numbers; see `jp.linen.GatedConv.skip`."""
         kernel = self.conv.kernel[...]
-        found, index = _open(self.gate, x, inputs, kernel.shape[-2], self.features)
+        found, index = _open(self.gate, x, inputs, kernel.shape[-2])
         bias = None if self.conv.bias is None else self.conv.bias[...]
         y = gates.gathered_conv(
             x,
@@ -175,7 +175,6 @@ class GatedDense(nnx.Module):
             rngs=rngs,
         )
         self.dense = nnx.Linear(channels, features, use_bias=use_bias, rngs=rngs)
-        self.features = features
 
     def __call__(self, x: Float[Array, "b ... c"], *, deterministic: bool = False) -> Array:
         """All outputs, those of closed gates 0."""
@@ -185,7 +184,7 @@ class GatedDense(nnx.Module):
     def skip(self, x: Float[Array, "1 ... c"], inputs: Any = None) -> tuple[Array, Array]:
         """Only the open outputs, and their numbers; see `jp.linen.GatedConv.skip`."""
         kernel = self.dense.kernel[...]
-        found, index = _open(self.gate, x, inputs, kernel.shape[0], self.features)
+        found, index = _open(self.gate, x, inputs, kernel.shape[0])
         bias = None if self.dense.bias is None else self.dense.bias[...]
         y = gates.gathered_dense(x, kernel, bias=bias, inputs=inputs, outputs=index)
         return y * found[index].astype(y.dtype), index
@@ -307,20 +306,7 @@ def _hand_out(module: nnx.Module, name: str, value: Array) -> None:
         module.sow(nnx.Intermediate, name, value)
 
 
-def _open(
-    gate: ChannelGate, x: Any, inputs: Any, channels: int, features: int
-) -> tuple[Array, Array]:
+def _open(gate: ChannelGate, x: Any, inputs: Any, channels: int) -> tuple[Array, Array]:
     """The gates of one example, and the numbers of the open ones."""
-    if x.shape[0] != 1:
-        raise ValueError(
-            f"x: a batch of {x.shape[0]}; channels are skipped for one example at a time: "
-            "jax.lax.map over examples, or route them with jp.gates.routed"
-        )
-    if gate.method != "top_k":
-        raise ValueError(
-            f"method: {gate.method!r} opens a varying number of gates; skip with 'top_k', or "
-            "jp.gates.in_buckets"
-        )
-    whole = x if inputs is None or x.shape[-1] == channels else gates.scattered(x, inputs, channels)
-    found = gate(whole, deterministic=True)[0]
-    return found, gates.active(found, gates.kept(gate.k, features))
+    found = gate(gates.spread(x, inputs, channels), deterministic=True)
+    return gates.open_channels(found, gate.method, gate.k)

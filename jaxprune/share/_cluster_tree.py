@@ -260,7 +260,7 @@ def _clustered(path: str, x: Any, weight: Any, how: _How) -> ClusteredArray:
             shape = (*wide[part].shape[:-1], x.shape[-1] // how.dim)
             found = jnp.moveaxis(found.reshape(how.stages, *shape), 0, -2)
             index = index.at[part].set(found.astype(jnp.uint8))
-    book = _stacked(books, x.shape, plain, how).astype(_book_dtype(x.dtype))
+    book = _stacked(books, x.shape, how).astype(_book_dtype(x.dtype))
     book, copies = _copied(book, index, how)
     return ClusteredArray.of(
         book, index, bits=how.bits, dtype=x.dtype, dim=how.dim, zero=zero, copies=copies
@@ -282,7 +282,7 @@ def _groups(shape: tuple[int, ...], how: _How) -> Iterator[tuple[slice, ...]]:
         yield tuple(cut if i == axis else slice(None) for i in range(len(shape)))
 
 
-def _stacked(books: list[Any], shape: tuple[int, ...], plain: bool, how: _How) -> jax.Array:
+def _stacked(books: list[Any], shape: tuple[int, ...], how: _How) -> jax.Array:
     """Codebooks with the axes of the array, of size 1 or as many as there are groups."""
     tail = books[0].shape
     axes = [1] * len(shape)

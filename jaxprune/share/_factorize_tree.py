@@ -351,10 +351,9 @@ def _kernel(
         return max(round(rank * full), 1) if isinstance(rank, float) else rank
 
     ranks = [wanted(matrix, full) for matrix, full in zip(unfolded, fulls, strict=True)]
-    limit = min(t.size // max(t.shape), t.size) if method == "cp" else None
     if method == "cp":
         ranks = [max(ranks)] * 2
-        if limit is not None and ranks[0] > limit:
+        if ranks[0] > t.size // max(t.shape):
             raise ValueError(f"rank: {ranks[0]} is out of range for leaf {path!r}, shape {x.shape}")
     elif any(r > full for r, full in zip(ranks, fulls, strict=True)):
         raise ValueError(
