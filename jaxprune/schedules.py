@@ -1,12 +1,13 @@
-"""Sparsity schedules: functions from the training step to a sparsity in [0, 1].
+"""Schedules: functions from the training step to a sparsity in [0, 1], a temperature, or a phase.
 
-Each schedule holds `initial` before step `begin` and `final` from step `end` on, and changes only
-every `every` steps in between (a staircase), so that masks are rebuilt that often and no more. All
+A schedule of sparsity holds `initial` before step `begin` and `final` from step `end` on, and changes
+only every `every` steps in between (a staircase), so that masks are rebuilt that often and no more. All
 are traceable: `step` may be a Python int or a traced integer scalar. Any other callable
 `step -> sparsity` serves as a schedule as well.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,114 @@ def one_shot(final: float, *, at: int = 0, initial: float = 0.0) -> Schedule:
     return lambda step: jnp.where(jnp.asarray(step) >= at, final, initial).astype(jnp.float32)
 
 
+def annealed(
+    final: float, *, initial: float = 1.0, begin: int = 0, end: int, kind: str = "exponential"
+) -> Schedule:
+    """A temperature that falls (or rises) from `initial` at step `begin` to `final` at step `end`.
+
+    Args:
+      final: temperature from step `end` on, above 0.
+      initial: temperature until step `begin`, above 0.
+      begin: first step of the change, at least 0.
+      end: last step of the change, above `begin`.
+      kind: `"exponential"` (the same factor each step), `"linear"` or `"cosine"`.
+
+    Returns:
+      A traceable function from a step to a float32 scalar.
+
+    Raises:
+      ValueError: a temperature that is not above 0, an unknown kind, or `end` not above `begin`.
+
+    Example:
+      >>> schedule = jp.schedules.annealed(0.01, end=100)
+      >>> [round(float(schedule(step)), 3) for step in (0, 50, 100, 1000)]
+      [1.0, 0.1, 0.01, 0.01]
+
+    Reference: Jang et al., "Categorical Reparameterization with Gumbel-Softmax", 2016,
+    https://arxiv.org/abs/1611.01144
+    """
+    _checks.positive("final", final)
+    _checks.positive("initial", initial)
+    _checks.choice("kind", kind, ("exponential", "linear", "cosine"))
+    _check_range(begin, end)
+
+    def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
+        t = jnp.clip((jnp.asarray(step) - begin) / (end - begin), 0.0, 1.0).astype(jnp.float32)
+        if kind == "exponential":
+            return initial * (final / initial) ** t
+        t = t if kind == "linear" else (1.0 - jnp.cos(jnp.pi * t)) / 2.0
+        return initial + (final - initial) * t
+
+    return schedule
+
+
+def between(begin: int, end: int | None = None) -> Callable[[Any], Array]:
+    """True from step `begin` on, and before step `end`: a phase of training.
+
+    Args:
+      begin: first step, at least 0.
+      end: the step after the last; none for ever.
+
+    Returns:
+      A traceable function from a step to a bool scalar, such as `jp.optim.phased` takes.
+
+    Raises:
+      ValueError: a negative step, or `end` not above `begin`.
+
+    Example:
+      >>> active = jp.schedules.between(10, 20)
+      >>> [bool(active(step)) for step in (9, 10, 19, 20)]
+      [False, True, True, False]
+    """
+    _checks.positive_int("begin", begin, least=0)
+    if end is not None:
+        _check_range(begin, end)
+
+    def active(step: Any) -> Array:
+        step = jnp.asarray(step)
+        after = step >= begin
+        return after if end is None else after & (step < end)
+
+    return active
+
+
+def turns(on: int, off: int, *, begin: int = 0) -> Callable[[Any], Array]:
+    """True for `on` steps, False for `off`, and again, from step `begin` on; False before.
+
+    Args:
+      on: steps of a turn, at least 1.
+      off: steps between two turns, at least 1.
+      begin: first step, at least 0.
+
+    Returns:
+      A traceable function from a step to a bool scalar, such as `jp.optim.phased` takes.
+
+    Raises:
+      ValueError: numbers out of range.
+
+    Example:
+      >>> gates = jp.schedules.turns(2, 3, begin=1)
+      >>> [int(gates(step)) for step in range(8)]
+      [0, 1, 1, 0, 0, 0, 1, 1]
+    """
+    _checks.positive_int("on", on)
+    _checks.positive_int("off", off)
+    _checks.positive_int("begin", begin, least=0)
+
+    def active(step: Any) -> Array:
+        passed = jnp.asarray(step) - begin
+        return (passed >= 0) & (passed % (on + off) < on)
+
+    return active
+
+
+def _check_range(begin: int, end: int) -> None:
+    _checks.positive_int("begin", begin, least=0)
+    _checks.positive_int("end", end)
+    if end <= begin:
+        raise ValueError(f"end: expected a step after begin={begin}, got {end}")
+
+
 def _ramp(
     shape: Callable[[jax.Array], jax.Array],
     final: float,
@@ -136,11 +245,8 @@ def _ramp(
 ) -> Schedule:
     _checks.fraction("final", final)
     _checks.fraction("initial", initial)
-    _checks.positive_int("begin", begin, least=0)
-    _checks.positive_int("end", end)
+    _check_range(begin, end)
     _checks.positive_int("every", every)
-    if end <= begin:
-        raise ValueError(f"end: expected a step after begin={begin}, got {end}")
 
     def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
         step = jnp.asarray(step)

@@ -15,7 +15,25 @@ from jaxprune.gates._binary import (
     top_k,
 )
 from jaxprune.gates._concrete import expected_l0, hard_concrete, hard_concrete_mean
-from jaxprune.gates._costs import entropy, l1, load_balance, target_rate, weighted_cost
+from jaxprune.gates._costs import (
+    entropy,
+    example_costs,
+    l1,
+    load_balance,
+    target_rate,
+    weighted_cost,
+)
+from jaxprune.gates._exits import (
+    all_exits,
+    check_heads,
+    confidence,
+    early_exit,
+    exit_loss,
+    exit_when_sure,
+    left_early,
+)
+from jaxprune.gates._inspect import Inspection, inspect, over_batches
+from jaxprune.gates._joint import joint
 from jaxprune.gates._layers import (
     METHODS,
     RANDOM,
@@ -40,7 +58,6 @@ from jaxprune.gates._reinforce import (
 )
 from jaxprune.gates._skip import (
     active,
-    early_exit,
     gathered_conv,
     gathered_dense,
     in_buckets,
@@ -54,15 +71,20 @@ from jaxprune.gates._skip import (
 __all__ = [
     "Baseline",
     "GatedFunction",
+    "Inspection",
     "active",
     "attach",
     "bernoulli",
     "bottleneck",
     "clipped",
+    "confidence",
     "curriculum",
     "dropped_reward",
     "early_exit",
     "entropy",
+    "example_costs",
+    "exit_loss",
+    "exit_when_sure",
     "expected_l0",
     "gate_logits",
     "gate_params",
@@ -72,12 +94,15 @@ __all__ = [
     "hard_concrete",
     "hard_concrete_mean",
     "in_buckets",
+    "inspect",
+    "joint",
     "l1",
     "load_balance",
     "log_prob",
     "maybe",
     "moving_baseline",
     "opened",
+    "over_batches",
     "policy_entropy",
     "pooled",
     "reinforce",

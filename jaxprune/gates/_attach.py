@@ -1,6 +1,6 @@
 """Gates added to any function, at groups of units that `jp.trace` found."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune import _trees
 from jaxprune._types import Params
 from jaxprune.gates._layers import METHODS, gate_logits, gate_params, kept, opened
+from jaxprune.gates._skip import open_channels
 from jaxprune.graph import Graph, Group, Operation, inputs_of, observe, run_operation, trace
 
 _PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -18,31 +19,59 @@ _PRODUCTS = ("dot_general", "conv_general_dilated")
 class _Reader(NamedTuple):
     """Where a product reads channels of a group.
 
-    Attributes: side: which operand is the activations; batch, axis: their axes of examples and channels;
+    Attributes:
+      side: which operand is the activations.
+      batch, axis: their axes of examples and channels.
+      twin: axis of the other operand that is summed over with the channels.
       unit: the unit of each channel, counted within the group; -1 of others.
+      macs: multiply-adds for one example.
+      examples: in the traced batch.
     """
 
     side: int
     batch: int
     axis: int
+    twin: int
     unit: np.ndarray
+    macs: float
+    examples: int
+
+    def slices(self, size: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Channels that no gate decides, and (units, channels of each); None if units differ in size."""
+        counts = np.bincount(self.unit[self.unit >= 0], minlength=size)
+        if (counts != counts[0]).any():
+            return None
+        own = np.argsort(self.unit, kind="stable")[int((self.unit < 0).sum()) :]
+        return np.flatnonzero(self.unit < 0), own.reshape(size, -1)
+
+
+Close = Callable[[int, jax.Array, _Reader, list[Any]], list[Any]]
+"""`(number of the group, its gates, reader, operands) -> operands`, those of closed units without
+effect.
+"""
 
 
 class GatedFunction:
     """A function with gates, from `jp.gates.attach`.
 
     Attributes:
+      graph: of the function.
       names: of the gated groups.
       sizes: gates of each.
+      costs: multiply-adds for one example of the products that read each group, all gates open.
     """
 
     def __init__(
         self, graph: Graph, groups: Sequence[Group], readers: list[dict[int, _Reader]], how: Any
     ) -> None:
         """Made by `attach`."""
-        self._graph, self._readers, self._how = graph, readers, how
+        self.graph, self._readers, self._how = graph, readers, how
         self.names = tuple(group.name for group in groups)
         self.sizes = tuple(group.size for group in groups)
+        self.costs = {
+            name: sum(reader.macs for reader in reads.values())
+            for name, reads in zip(self.names, readers, strict=True)
+        }
 
     def init(self, key: jax.Array) -> Any:
         """Parameters of the gates, by group, all open at first."""
@@ -61,15 +90,86 @@ class GatedFunction:
         gate_params: Any,
         *args: Any,
         key: jax.Array | None = None,
+        temperature: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, jax.Array]]:
         """Outputs of the function with gates, and the gates, (batch, units) by group.
 
-        `key`: for gates that draw in training; none for inference.
+        `key`: for gates that draw in training; none for inference. `temperature`: instead of the one
+        given to `attach`, to anneal.
         """
-        graph = self._graph.for_inputs(params, *args, **kwargs)
-        program, inputs = graph.program, inputs_of(args, kwargs)
+        how = self._how if temperature is None else {**self._how, "temperature": temperature}
+        return self._run(params, gate_params, args, kwargs, how, key, _masked)
+
+    def skip(
+        self, params: Params, gate_params: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """The same for a batch of 1 and `"top_k"` gates: products read the open channels only.
+
+        What makes the channels runs in full, since gates read what it made; the modules of `jp.linen`
+        and `jp.nnx` gate by what a layer reads, and save on both sides.
+
+        Raises:
+          ValueError: gates of another method, more than one example, units of different sizes, a
+            product that reads two gated groups along one axis.
+        """
+
+        def gathered(number: int, gates: Any, reader: _Reader, operands: list[Any]) -> list[Any]:
+            opened, index = open_channels(gates, self._how["method"], self._how["k"])
+            found = reader.slices(self.sizes[number])
+            axis, twin = reader.axis, reader.twin
+            width = operands[reader.side].shape[axis]
+            if found is None or width != len(reader.unit):
+                why = (
+                    "its units have different numbers of channels"
+                    if found is None
+                    else "a product reads it and another gated group along one axis"
+                )
+                raise ValueError(
+                    f"groups: {self.names[number]!r} cannot be skipped: {why}; attach without it"
+                )
+            always, own = found
+            index = jnp.concatenate([always, jnp.asarray(own)[index].reshape(-1)])
+            x, other = operands[reader.side], operands[1 - reader.side]
+            scale = _per_channel(opened[None], reader)[0][index].astype(x.dtype)
+            x = jnp.take(x, index, axis=axis)
+            x = x * scale.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+            other = jnp.take(other, index, axis=twin)
+            return [x, other] if reader.side == 0 else [other, x]
+
+        return self._run(params, gate_params, args, kwargs, self._how, None, gathered)
+
+    def spent(self, gates: Mapping[str, jax.Array]) -> jax.Array:
+        """Multiply-adds of each example with closed units skipped, as a fraction of the ungated
+        function's.
+
+        Those of the gates themselves, two small products each, are not counted.
+        """
+        left: dict[int, Any] = {}  # of each gated product, per example
+        macs: dict[int, float] = {}
+        for name, reads in zip(self.names, self._readers, strict=True):
+            for place, reader in reads.items():
+                opened = _per_channel((gates[name] != 0).astype(jnp.float32), reader).mean(-1)
+                left[place] = left.get(place, 1.0) * opened
+                macs[place] = reader.macs
+        examples = next(iter(self._readers[0].values())).examples
+        whole = self.graph.cost().macs / examples
+        closed = [macs[place] * (1 - rate) for place, rate in left.items()]
+        return 1 - sum(closed[1:], start=closed[0]) / whole
+
+    def _run(
+        self,
+        params: Params,
+        gate_params: Any,
+        args: Any,
+        kwargs: Any,
+        how: dict[str, Any],
+        key: jax.Array | None,
+        close: Close,
+    ) -> tuple[Any, dict[str, jax.Array]]:
         keys = [None] * len(self.names) if key is None else jax.random.split(key, len(self.names))
+        graph = self.graph.for_inputs(params, *args, **kwargs)
+        program, inputs = graph.program, inputs_of(args, kwargs)
         gates: dict[str, jax.Array] = {}
         wanted: dict[int, list[int]] = {}
         for number, reads in enumerate(self._readers):
@@ -77,31 +177,41 @@ class GatedFunction:
                 wanted.setdefault(place, []).append(number)
         places = {id(op): i for i, op in enumerate(program.operations)}
 
-        def hook(operation: Operation, operands: list[Any], outs: list[Any]) -> list[Any]:
-            groups = wanted.get(places[id(operation)], [])
-            if not groups:
-                return outs
-            operands = list(operands)
-            for number in groups:
-                reader, name = self._readers[number][places[id(operation)]], self.names[number]
-                x = jnp.moveaxis(operands[reader.side], (reader.batch, reader.axis), (0, -1))
-                if name not in gates:
-                    logits = gate_logits(gate_params[name], x)
-                    gates[name] = opened(
-                        logits,
-                        self._how["method"],
-                        k=kept(self._how["k"], self.sizes[number]),
+        def hook(operation: Operation, operands: list[Any]) -> list[Any]:
+            place = places[id(operation)]
+            reads = [(number, self._readers[number][place]) for number in wanted.get(place, [])]
+            for number, reader in reads:
+                if self.names[number] not in gates:
+                    x = jnp.moveaxis(operands[reader.side], (reader.batch, reader.axis), (0, -1))
+                    gates[self.names[number]] = opened(
+                        gate_logits(gate_params[self.names[number]], x),
+                        how["method"],
+                        k=kept(how["k"], self.sizes[number]),
                         key=keys[number],
-                        temperature=self._how["temperature"],
+                        temperature=how["temperature"],
                     )
-                own = jnp.where(reader.unit >= 0, gates[name][:, np.maximum(reader.unit, 0)], 1.0)
-                own = own.reshape(own.shape[0], *(1 for _ in x.shape[1:-1]), -1).astype(x.dtype)
-                operands[reader.side] = jnp.moveaxis(x * own, (0, -1), (reader.batch, reader.axis))
+            for number, reader in reads:
+                operands = close(number, gates[self.names[number]], reader, operands)
             return run_operation(operation, operands)
 
         leaves = [_trees.dense(leaf) for leaf in _trees.flatten(params)[1]]
         outs = observe(program, [*leaves, *inputs.arrays], hook)
         return program.out_tree.unflatten(outs), gates
+
+
+def _per_channel(gates: jax.Array, reader: _Reader) -> jax.Array:
+    """Gates of units as gates of the channels that a product reads: (batch, channels)."""
+    return jnp.where(reader.unit >= 0, gates[:, np.maximum(reader.unit, 0)], 1.0)
+
+
+def _masked(number: int, gates: jax.Array, reader: _Reader, operands: list[Any]) -> list[Any]:
+    """Operands with closed channels at 0."""
+    x = jnp.moveaxis(operands[reader.side], (reader.batch, reader.axis), (0, -1))
+    own = _per_channel(gates, reader)
+    own = own.reshape(own.shape[0], *(1 for _ in x.shape[1:-1]), -1).astype(x.dtype)
+    operands = list(operands)
+    operands[reader.side] = jnp.moveaxis(x * own, (0, -1), (reader.batch, reader.axis))
+    return operands
 
 
 def attach(
@@ -165,6 +275,10 @@ def attach(
                 f"groups: no product of the top level reads {group.name!r}; gate it inside of its loop"
             )
         kept(k, group.size)
+    if not chosen:
+        raise ValueError(
+            "groups: nothing to gate: no product of the top level reads units that can close"
+        )
     how = {"method": method, "k": k, "reduction": reduction, "temperature": temperature}
     return GatedFunction(graph, chosen, readers, how)
 
@@ -208,16 +322,21 @@ def _made_of_leaves(graph: Graph, leaves: set[int]) -> set[int]:
 
 def _reader(graph: Graph, operation: Operation, side: int, order: np.ndarray) -> _Reader | None:
     axes = graph.axes[operation.ins[side]]
+    x, other = (graph.program.avals[operation.ins[i]].shape for i in (side, 1 - side))
+    out = graph.program.avals[operation.outs[0]].shape
     if operation.primitive.name == "conv_general_dilated":
         numbers = operation.params["dimension_numbers"]
-        if side != 0:
+        # channels that a grouped convolution hands on are gated where they are summed
+        if side != 0 or operation.params["feature_group_count"] != 1:
             return None
-        batch, summed = numbers.lhs_spec[0], [numbers.lhs_spec[1]]
+        batch, pairs = numbers.lhs_spec[0], [(numbers.lhs_spec[1], numbers.rhs_spec[1])]
+        depth = np.prod(other) / other[numbers.rhs_spec[0]]
     else:
         contract, batches = operation.params["dimension_numbers"]
-        summed = list(contract[side])
+        pairs = list(zip(contract[side], contract[1 - side], strict=True))
         batch = batches[side][0] if batches[side] else 0
-    for axis in summed:
+        depth = np.prod([x[axis] for axis, _ in pairs])
+    for axis, twin in pairs:
         if axis == batch:
             continue
         # heads times dims are two units at one place: the group's is meant
@@ -226,5 +345,6 @@ def _reader(graph: Graph, operation: Operation, side: int, order: np.ndarray) ->
         own = order[unit] >= 0
         mine[place[own]] = order[unit[own]]
         if (mine >= 0).any():
-            return _Reader(side, batch, axis, mine)
+            macs = float(np.prod(out) * depth / x[batch])
+            return _Reader(side, batch, axis, twin, mine, macs, x[batch])
     return None

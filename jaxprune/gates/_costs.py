@@ -60,13 +60,16 @@ def target_rate(
 
 
 def weighted_cost(
-    gates: Mapping[str, Float[Array, "..."]], costs: Mapping[str, float]
+    gates: Mapping[str, Float[Array, "..."]],
+    costs: Mapping[str, float],
+    *,
+    inputs: Mapping[str, str] | None = None,
 ) -> Float[Array, ""]:
-    """The mean cost of what gates open, as a fraction of everything: FLOPs, or any other.
+    """The mean of `example_costs`: a term to add to a loss.
 
     Args:
-      gates: of each gated layer, (batch, gates…).
-      costs: of each layer with all gates open, such as `graph.cost()` tells, or `layer_costs`.
+      gates: of each gated layer, (batch, gates…): numbers in [0, 1], or chances.
+      costs, inputs: see `example_costs`.
 
     Returns:
       A scalar in [0, 1].
@@ -79,14 +82,56 @@ def weighted_cost(
       >>> float(jp.gates.weighted_cost(gates, {"a": 2.0, "b": 1.0}))
       0.6666666865348816
     """
+    return jnp.mean(example_costs(gates, costs, inputs=inputs))
+
+
+def example_costs(
+    gates: Mapping[str, Float[Array, "batch ..."]],
+    costs: Mapping[str, float],
+    *,
+    inputs: Mapping[str, str] | None = None,
+) -> Float[Array, "batch"]:
+    """The cost of what gates open for each example, as a fraction of everything: FLOPs, or any other.
+
+    A layer costs its share of open outputs, and, where another gated layer feeds it, of open inputs.
+
+    Args:
+      gates: of each gated layer, (batch, gates…): numbers in [0, 1], or chances. For what saliencies
+        open, give `saliency != 0`.
+      costs: of each layer with all gates open, such as `graph.cost()` tells. Names without gates are
+        layers that always run; with `inputs` they may still read gated ones.
+      inputs: by layer, the gated layer whose outputs it reads.
+
+    Returns:
+      (batch,), each in [0, 1].
+
+    Raises:
+      ValueError: layers without a cost, inputs that are not gated.
+
+    Example:
+      >>> gates = {"a": jnp.array([[1.0, 0.0]]), "b": jnp.array([[1.0, 0.0]])}
+      >>> jp.gates.example_costs(gates, {"a": 2.0, "b": 2.0}, inputs={"b": "a"}).tolist()
+      [0.375]
+    """
     missing = sorted(set(gates) - set(costs))
     if missing:
         raise ValueError(f"costs: none for {missing[0]!r}; known are {sorted(costs)[:5]}")
-    total = sum(costs[name] for name in gates)
+    reads = dict(inputs or {})
+    for layer, source in reads.items():
+        if source not in gates or layer not in costs:
+            raise ValueError(
+                f"inputs: {layer!r} reads {source!r}; expected a name of costs, and one of gates: "
+                f"{sorted(gates)[:5]}"
+            )
+    total = sum(costs.values())
     if total <= 0:
         raise ValueError(f"costs: expected a positive sum, got {total}")
-    spent = [costs[name] * jnp.mean(g) for name, g in gates.items()]
-    return sum(spent[1:], start=spent[0]) / total
+    rate = {n: jnp.mean(g, tuple(range(1, jnp.ndim(g)))) for n, g in gates.items()}
+    spent = [
+        cost * rate.get(name, 1.0) * (rate[reads[name]] if name in reads else 1.0)
+        for name, cost in costs.items()
+    ]
+    return jnp.asarray(sum(spent[1:], start=spent[0])) / total
 
 
 def load_balance(

@@ -17,9 +17,17 @@ from jaxprune.gates._binary import (
     top_k,
 )
 from jaxprune.gates._concrete import hard_concrete, hard_concrete_mean
+from jaxprune.gates._reinforce import bernoulli
 
-METHODS = ("top_k", "straight_through", "gumbel", "semantic_hashing", "hard_concrete")
-RANDOM = ("gumbel", "semantic_hashing", "hard_concrete")
+METHODS = (
+    "top_k",
+    "straight_through",
+    "gumbel",
+    "semantic_hashing",
+    "hard_concrete",
+    "bernoulli",
+)
+RANDOM = ("gumbel", "semantic_hashing", "hard_concrete", "bernoulli")
 _LEAST = 4  # neurons of a bottleneck
 
 
@@ -70,7 +78,8 @@ def opened(
     Args:
       logits: of gates.
       method: `"top_k"` (saliencies of the winners), `"straight_through"`, `"gumbel"`,
-        `"semantic_hashing"` or `"hard_concrete"`.
+        `"semantic_hashing"`, `"hard_concrete"`, or `"bernoulli"` (0 or 1 without a gradient, for
+        policies trained by `reinforce`).
       k: of `"top_k"`: how many stay, or which fraction.
       key: a PRNG key, for training of the random ones.
       temperature: of the random ones, above 0.
@@ -88,16 +97,15 @@ def opened(
     _checks.choice("method", method, METHODS)
     if method == "top_k":
         return top_k(saliency(logits), kept(k, logits.shape[-1]))
-    if method == "straight_through" or (key is None and method != "hard_concrete"):
-        return straight_through(logits)
-    if method == "gumbel":
-        assert key is not None
-        return gumbel_sigmoid(logits, key, temperature=temperature)
-    if method == "semantic_hashing":
-        return semantic_hashing(logits, key)
-    if key is None:
+    if method == "hard_concrete" and key is None:
         return hard_concrete_mean(logits)
-    return hard_concrete(logits, key, beta=temperature * 2 / 3)
+    if method == "straight_through" or key is None:
+        return straight_through(logits)
+    if method == "hard_concrete":
+        return hard_concrete(logits, key, beta=temperature * 2 / 3)
+    if method == "gumbel":
+        return gumbel_sigmoid(logits, key, temperature=temperature)
+    return semantic_hashing(logits, key) if method == "semantic_hashing" else bernoulli(logits, key)
 
 
 def pooled(x: Float[Array, "batch ... channels"], *, magnitude: bool = True) -> Array:

@@ -19,8 +19,8 @@ from jaxprune.graph._vanish import Work, all_work
 Kept = tuple[np.ndarray, ...]  # per axis the indices that are left
 
 
-Hook = Callable[[Operation, list[Any], list[Any]], list[Any]]
-"""`(operation, operands, results) -> results`."""
+Hook = Callable[[Operation, list[Any]], list[Any]]
+"""`(operation, operands) -> results`; `run_operation` is what happens without one."""
 
 
 class Plan(NamedTuple):
@@ -58,12 +58,11 @@ def evaluate(plan: Plan, inputs: list[Any]) -> list[Any]:
 
 
 def observe(program: Program, inputs: list[Any], hook: Hook) -> list[Any]:
-    """Runs a program at full size, each operation followed by `hook`, which may replace its results."""
+    """Runs a program at full size, each operation by `hook`."""
     values = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
     for operation in program.operations:
-        operands = [values[i] for i in operation.ins]
-        outs = run_operation(operation, operands)
-        values.update(zip(operation.outs, hook(operation, operands, outs), strict=True))
+        outs = hook(operation, [values[i] for i in operation.ins])
+        values.update(zip(operation.outs, outs, strict=True))
     return [values[i] for i in program.outputs]
 
 

@@ -1,5 +1,21 @@
 """For `flax.linen`: gated modules."""
 
-from jaxprune.linen._gates import BlockGate, ChannelGate, GatedConv, GatedDense, HeadGate, TokenGate
+from jaxprune.linen._gates import (
+    BlockGate,
+    ChannelGate,
+    EarlyExit,
+    GatedConv,
+    GatedDense,
+    HeadGate,
+    TokenGate,
+)
 
-__all__ = ["BlockGate", "ChannelGate", "GatedConv", "GatedDense", "HeadGate", "TokenGate"]
+__all__ = [
+    "BlockGate",
+    "ChannelGate",
+    "EarlyExit",
+    "GatedConv",
+    "GatedDense",
+    "HeadGate",
+    "TokenGate",
+]

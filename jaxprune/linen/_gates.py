@@ -2,7 +2,8 @@
 
 Gates that draw in training take their keys from the `gates` stream, `apply(…, rngs={"gates": key})`;
 `deterministic=True` is inference. Each module hands its gates, (batch, gates), to the `gates` collection:
-`apply(…, mutable=["gates"])` returns them, for a cost of open gates.
+`apply(…, mutable=["gates"])` returns them, for a cost of open gates; and their logits to the collection
+`gate_logits`, for a policy.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ class ChannelGate(nn.Module):
 
     Attributes:
       features: gates.
-      method: `"top_k"`, `"straight_through"`, `"gumbel"`, `"semantic_hashing"` or `"hard_concrete"`.
+      method: `"top_k"`, `"straight_through"`, `"gumbel"`, `"semantic_hashing"`, `"hard_concrete"` or
+        `"bernoulli"`, see `jp.gates.opened`.
       k: of `"top_k"`: how many stay open, or which fraction.
       reduction: of the bottleneck; few channels keep at least 4 neurons.
       temperature: of gates that draw.
@@ -52,14 +54,10 @@ class ChannelGate(nn.Module):
         )
         draws = self.method in gates.RANDOM and not deterministic and not self.is_initializing()
         key = self.make_rng("gates") if draws else None
-        found = gates.opened(
-            gates.gate_logits(params, x),
-            self.method,
-            k=self.k,
-            key=key,
-            temperature=self.temperature,
-        )
+        logits = gates.gate_logits(params, x)
+        found = gates.opened(logits, self.method, k=self.k, key=key, temperature=self.temperature)
         self.sow("gates", "gate", found)
+        self.sow("gate_logits", "gate", logits)
         return found
 
 
@@ -281,3 +279,60 @@ class BlockGate(nn.Module):
         weighted).
         """
         return gates.maybe(self.gate(x, deterministic=True)[0, 0], block, x)
+
+
+class EarlyExit(nn.Module):
+    """BranchyNet: a head after each stage, and the examples that are sure leave there.
+
+    Attributes:
+      stages: modules, each on what the one before made.
+      classes: of each head: the mean over what lies between batch and channels, and a dense layer.
+      heads: modules to use instead, one per stage.
+
+    Example:
+      >>> net = jp.linen.EarlyExit([nn.Dense(8), nn.Dense(8)], classes=3)
+      >>> x = jnp.ones((4, 5))
+      >>> params = net.init(jax.random.key(0), x)
+      >>> [y.shape for y in net.apply(params, x)]  # of all heads, for `jp.gates.exit_loss`
+      [(4, 3), (4, 3)]
+      >>> logits, left = net.apply(params, x, capacities=[1], method="skip")
+      >>> logits.shape, int((left == 1).sum())
+      ((4, 3), 1)
+
+    Reference: Teerapittayanon et al., BranchyNet, 2017, https://arxiv.org/abs/1709.01686
+    """
+
+    stages: Sequence[Callable[[Array], Array]]
+    classes: int | None = None
+    heads: Sequence[Callable[[Array], Array]] | None = None
+
+    def setup(self) -> None:
+        """The heads."""
+        gates.check_heads(self.stages, self.classes, self.heads)
+        if self.heads is None:
+            self.dense = [nn.Dense(self.classes) for _ in self.stages]  # ty: ignore
+
+    def _exits(self) -> Sequence[Callable[[Array], Array]]:
+        if self.heads is not None:
+            return self.heads
+        return [lambda x, head=head: head(gates.pooled(x, magnitude=False)) for head in self.dense]
+
+    def __call__(self, x: Float[Array, "batch ..."]) -> list[Array]:
+        """Logits of all heads."""
+        return gates.all_exits(self.stages, self._exits(), x)
+
+    def skip(
+        self,
+        x: Float[Array, "batch ..."],
+        *,
+        capacities: Sequence[int] | None = None,
+        threshold: Any = None,
+    ) -> tuple[Array, Array]:
+        """Logits, and the stage where they were made; later stages do not run.
+
+        Either `capacities` (how many examples each later stage takes, see `jp.gates.early_exit`) or a
+        `threshold` for a batch of 1 (see `jp.gates.exit_when_sure`).
+        """
+        return gates.left_early(
+            self.stages, self._exits(), x, capacities=capacities, threshold=threshold
+        )

@@ -4,6 +4,7 @@ from jaxprune.nnx._compact import compact
 from jaxprune.nnx._gates import (
     BlockGate,
     ChannelGate,
+    EarlyExit,
     GatedConv,
     GatedDense,
     HeadGate,
@@ -13,6 +14,7 @@ from jaxprune.nnx._gates import (
 __all__ = [
     "BlockGate",
     "ChannelGate",
+    "EarlyExit",
     "GatedConv",
     "GatedDense",
     "HeadGate",

@@ -2,7 +2,8 @@
 
 Gates that draw in training take their keys from the `gates` stream of the `rngs` given when the module is
 made; `deterministic=True` is inference. Called within `nnx.capture(fn, nnx.Intermediate)`, each module
-hands out its gates, (batch, gates), under the name `gate`, for a cost of open gates.
+hands out its gates, (batch, gates), under the name `gate`, for a cost of open gates, and their logits as
+`gate_logits`, for a policy.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,14 +62,10 @@ class ChannelGate(nnx.Module):
         key = None
         if self.rngs is not None and not deterministic:
             key = self.rngs.gates()
-        found = gates.opened(
-            gates.gate_logits(params, x),
-            self.method,
-            k=self.k,
-            key=key,
-            temperature=self.temperature,
-        )
+        logits = gates.gate_logits(params, x)
+        found = gates.opened(logits, self.method, k=self.k, key=key, temperature=self.temperature)
         _hand_out(self, "gate", found)
+        _hand_out(self, "gate_logits", logits)
         return found
 
 
@@ -298,6 +295,65 @@ class HeadGate(nnx.Module):
         """What heads made, that of closed ones 0."""
         found = self.gate(x.reshape(*x.shape[:2], -1), deterministic=deterministic)
         return x * found[:, None, :, None].astype(x.dtype)
+
+
+class EarlyExit(nnx.Module):
+    """BranchyNet: a head after each stage, and the examples that are sure leave; see
+    `jp.linen.EarlyExit`.
+
+    Example:
+      >>> from flax import nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> stages = [nnx.Linear(5, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)]
+      >>> net = jp.nnx.EarlyExit(stages, [8, 8], classes=3, rngs=rngs)
+      >>> [y.shape for y in net(jnp.ones((4, 5)))]
+      [(4, 3), (4, 3)]
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Callable[[Array], Array]],
+        channels: Sequence[int] | None = None,
+        *,
+        classes: int | None = None,
+        heads: Sequence[Callable[[Array], Array]] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        """For stages that make so many `channels` each, or with `heads` of your own."""
+        gates.check_heads(stages, classes, heads)
+        self.stages = nnx.List(stages)
+        self.heads = None if heads is None else nnx.List(heads)
+        self.dense = None
+        if heads is None:
+            if channels is None or len(channels) != len(stages) or rngs is None:
+                raise ValueError(
+                    "channels, rngs: expected the channels that each stage makes, and rngs"
+                )
+            assert classes is not None
+            self.dense = nnx.List([nnx.Linear(n, classes, rngs=rngs) for n in channels])
+
+    def _exits(self) -> Sequence[Callable[[Array], Array]]:
+        if self.heads is not None:
+            return list(self.heads)
+        return [
+            lambda x, head=head: head(gates.pooled(x, magnitude=False)) for head in self.dense or ()
+        ]
+
+    def __call__(self, x: Float[Array, "batch ..."]) -> list[Array]:
+        """Logits of all heads."""
+        return gates.all_exits(list(self.stages), self._exits(), x)
+
+    def skip(
+        self,
+        x: Float[Array, "batch ..."],
+        *,
+        capacities: Sequence[int] | None = None,
+        threshold: Any = None,
+    ) -> tuple[Array, Array]:
+        """Logits, and the stage where they were made; see `jp.linen.EarlyExit.skip`."""
+        return gates.left_early(
+            list(self.stages), self._exits(), x, capacities=capacities, threshold=threshold
+        )
 
 
 def _hand_out(module: nnx.Module, name: str, value: Array) -> None:

@@ -4,12 +4,14 @@ from jaxprune.optim._access import get_masks, replace_masks
 from jaxprune.optim._clustered import ClusteredState, clustered
 from jaxprune.optim._gradual import GradualState, gradual
 from jaxprune.optim._masked import MaskedState, masked_update
+from jaxprune.optim._phased import PhasedState, phased
 from jaxprune.optim._trainable import trainable
 
 __all__ = [
     "ClusteredState",
     "GradualState",
     "MaskedState",
+    "PhasedState",
     "clustered",
     "get_masks",
     "gradual",

@@ -1,5 +1,6 @@
 """What was gained: bytes, bits, zeros and latency, as a table; accuracy against size, as a picture."""
 
+from jaxprune.reports._gates import plot_gates
 from jaxprune.reports._groups import plot_groups
 from jaxprune.reports._plot import plot_accuracy
 from jaxprune.reports._size import nbytes
@@ -11,6 +12,7 @@ __all__ = [
     "human_bytes",
     "nbytes",
     "plot_accuracy",
+    "plot_gates",
     "plot_groups",
     "report",
     "seconds",

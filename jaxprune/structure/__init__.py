@@ -5,12 +5,13 @@ from jaxprune.structure._layer_masks import layer_masks
 from jaxprune.structure._layer_scores import layer_scores
 from jaxprune.structure._layers import Layer, layers
 from jaxprune.structure._pattern import Units
-from jaxprune.structure._units import unit_masks, widths
+from jaxprune.structure._units import keep_units, unit_masks, widths
 
 __all__ = [
     "Layer",
     "SmallFunction",
     "Units",
+    "keep_units",
     "layer_masks",
     "layer_scores",
     "layers",

@@ -92,8 +92,9 @@ class _Fold:
             zip(self.graph.program.inputs, self.leaves, strict=False)
         )
 
-    def hook(self, operation: Operation, operands: list[Any], outs: list[Any]) -> list[Any]:
-        """After each operation: cuts what reaches removed units, folds what they contribute."""
+    def hook(self, operation: Operation, operands: list[Any]) -> list[Any]:
+        """Runs an operation, cuts what reaches removed units, folds what they contribute."""
+        outs = run_operation(operation, operands)
         if not self.data.intersection(operation.outs):
             self.values.update(zip(operation.outs, outs, strict=True))
         if operation.primitive.name not in _PRODUCTS:

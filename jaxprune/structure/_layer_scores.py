@@ -9,7 +9,15 @@ import numpy as np
 
 from jaxprune import _checks
 from jaxprune._types import Params, PyTree, Scores
-from jaxprune.graph import Graph, Operation, carries_of, inputs_of, observe, turns_of
+from jaxprune.graph import (
+    Graph,
+    Operation,
+    carries_of,
+    inputs_of,
+    observe,
+    run_operation,
+    turns_of,
+)
 from jaxprune.structure._layers import Layer, some_layers
 
 _MEASURES = ("influence", "angular", "loss", "magnitude")
@@ -92,7 +100,7 @@ def _loss_changes(
         masked = [
             jnp.where(k, x, jnp.zeros((), x.dtype)) for k, x in zip(keep, leaves, strict=True)
         ]
-        outs = observe(graph.program, [*masked, *inputs], lambda _, __, outs: outs)
+        outs = observe(graph.program, [*masked, *inputs], run_operation)
         return loss(graph.program.out_tree.unflatten(outs))
 
     dense = float(run(keep))
@@ -123,7 +131,8 @@ def _streams(
         values = dict(zip(graph.program.inputs, [*leaves, *inputs], strict=True))
         kept = {i: values[i] for i in wanted if i in values}
 
-        def hook(operation: Operation, operands: list[Any], outs: list[Any]) -> list[Any]:
+        def hook(operation: Operation, operands: list[Any]) -> list[Any]:
+            outs = run_operation(operation, operands)
             kept.update({i: x for i, x in zip(operation.outs, outs, strict=True) if i in wanted})
             if operation.outs[0] in scans & wanted:
                 kept[operation.outs[0]] = carries_of(operation, operands)

@@ -1,11 +1,11 @@
 """Which units go: scores of entries gathered into scores of units, and the lowest of them masked."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxprune import _checks
+from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Scores
 from jaxprune.graph import Graph, Group, places_of, reduced
 from jaxprune.structure._scoring import (
@@ -43,7 +43,9 @@ def unit_masks(
 
     Args:
       graph: from `jp.trace`.
-      scores: any scores of the traced parameters; leaves that score the scalar `+inf` say nothing.
+      scores: any scores of the traced parameters; leaves that score the scalar `+inf` say nothing. Or
+        scores of units, by name of their group, `{name: (units,)}`, such as the rates at which gates
+        open them (`jp.gates.inspect`); groups without scores stay whole.
       sparsity: fraction of the units to remove, in [0, 1].
       params: fraction of the parameters to keep, in (0, 1].
       flops: fraction of the FLOPs of a call to keep, in (0, 1].
@@ -87,12 +89,7 @@ def unit_masks(
     ((target, value),) = given.items()
     _checks.fraction(target, value)
     groups = open_groups(graph, ignore)
-    _checks.same_structure("scores", scores, "the traced params", like_params(graph))
-    leaves = [_on_host(x) for x in graph.treedef.flatten_up_to(scores)]
-    ranked = [
-        normalized(unit_scores(leaves, places_of(graph, g), g.size, reduce), normalize)
-        for g in groups
-    ]
+    ranked = [normalized(x, normalize) for x in _scores_of(graph, groups, scores, reduce)]
     classes = _classes(graph, groups, scope)
 
     def choose(fraction: float) -> np.ndarray:
@@ -102,6 +99,56 @@ def unit_masks(
         return masks_without(graph, choose(value))
     measure = _measure(graph, target)
     return masks_without(graph, _search(choose, measure, target, value))
+
+
+def _scores_of(graph: Graph, groups: list[Group], scores: Any, reduce: str) -> list[np.ndarray]:
+    """One score per unit of each group."""
+    if isinstance(scores, Mapping) and scores and set(scores) <= {g.name for g in graph.groups}:
+        _check_units("scores", graph, scores)
+        return [_on_host(scores.get(g.name, np.full(g.size, np.inf))) for g in groups]
+    _checks.same_structure("scores", scores, "the traced params", like_params(graph))
+    leaves = [_on_host(x) for x in graph.treedef.flatten_up_to(scores)]
+    return [unit_scores(leaves, places_of(graph, g), g.size, reduce) for g in groups]
+
+
+def _check_units(parameter: str, graph: Graph, given: Mapping[str, Any]) -> None:
+    known = {group.name: group for group in graph.groups}
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(_trees.no_match(name, [*known], parameter=parameter))
+        if np.shape(value) != (known[name].size,):
+            raise ValueError(
+                f"{parameter}[{name!r}]: shape {np.shape(value)}, the group has {known[name].size} units"
+            )
+        if np.isnan(np.asarray(value, np.float32)).any():
+            raise ValueError(f"{parameter}[{name!r}]: NaN; give every unit a number")
+
+
+def keep_units(graph: Graph, keep: Mapping[str, Any]) -> Masks:
+    """Masks that keep the named units and no others.
+
+    Args:
+      graph: from `jp.trace`.
+      keep: by name of a group, bools (units,): True = keep. Groups that are not named stay whole.
+
+    Returns:
+      Masks like the parameters, for `jp.apply_masks`, `jp.masked_update` and `jp.compact`.
+
+    Raises:
+      ValueError: a group that does not exist, flags of another size.
+
+    Example:
+      >>> tree = {"a": jnp.ones((1, 3)), "b": jnp.ones((3, 2))}
+      >>> graph = jp.trace(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], tree, jnp.ones((1, 1)))
+      >>> jp.structure.keep_units(graph, {"a[1]": [True, False, True]})["a"].tolist()
+      [[True, False, True]]
+    """
+    _check_units("keep", graph, keep)
+    gone = np.zeros(len(graph.units.why), bool)
+    for group in graph.groups:
+        if group.name in keep:
+            gone[group.units[~np.asarray(keep[group.name], bool)]] = True
+    return masks_without(graph, gone)
 
 
 def _chosen(
