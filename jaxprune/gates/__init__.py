@@ -57,7 +57,10 @@ from jaxprune.gates._reinforce import (
     reinforce,
 )
 from jaxprune.gates._skip import (
+    QUARTERS,
     active,
+    bucketed_conv,
+    bucketed_dense,
     gathered_conv,
     gathered_dense,
     in_buckets,
@@ -76,6 +79,8 @@ __all__ = [
     "attach",
     "bernoulli",
     "bottleneck",
+    "bucketed_conv",
+    "bucketed_dense",
     "clipped",
     "confidence",
     "curriculum",

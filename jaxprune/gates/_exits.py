@@ -64,7 +64,7 @@ def early_exit(
     _check_stages(stages, heads)
     if len(capacities) != len(stages) - 1:
         raise ValueError(
-            f"capacities: {len(capacities)} for {len(stages)} stages; expected one for each after the first"
+            f"capacities: {len(capacities)} for {len(stages)} stages; expected one for all but the first"
         )
     features = stages[0](x)
     logits = heads[0](features)

@@ -1,12 +1,12 @@
 """What gates do on a set of examples: rates, units that never change, and what each example costs."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
 from rich.table import Table
 
 from jaxprune.gates._costs import example_costs
@@ -182,9 +182,8 @@ def over_batches(fn: Callable[..., Any], batches: Iterable[Any]) -> Any:
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
-def _rows(x: Array | np.ndarray) -> np.ndarray:
-    x = np.asarray(x)
-    return x.reshape(len(x), -1) if x.ndim else x.reshape(0, 0)
+def _rows(x: np.ndarray) -> np.ndarray:
+    return x.reshape(len(x), math.prod(x.shape[1:])) if x.ndim else x.reshape(0, 0)
 
 
 def _by_class(opened: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -132,7 +132,10 @@ def pooled(x: Float[Array, "batch ... channels"], *, magnitude: bool = True) -> 
 
 
 def gate_logits(params: Any, x: Float[Array, "batch ... channels"]) -> Float[Array, "batch n"]:
-    """Logits of channel gates: pooling, a bottleneck with a ReLU, a product.
+    """Logits of channel gates: pooling, standardised channels, a bottleneck with a ReLU, a product.
+
+    What is pooled has mean 0 and deviation 1 over the channels of each example, so that gates do not
+    depend on the scale of activations.
 
     Args:
       params: `{"reduce": {"kernel", "bias"}, "expand": {"kernel", "bias"}}`.
@@ -146,7 +149,7 @@ def gate_logits(params: Any, x: Float[Array, "batch ... channels"]) -> Float[Arr
       >>> jp.gates.gate_logits(params, jnp.ones((2, 5, 5, 8))).shape
       (2, 16)
     """
-    y = pooled(x)
+    y = jax.nn.standardize(pooled(x), axis=-1)
     y = jax.nn.relu(y @ params["reduce"]["kernel"] + params["reduce"]["bias"])
     return y @ params["expand"]["kernel"] + params["expand"]["bias"]
 
@@ -179,7 +182,7 @@ def gate_params(
     normal = lambda k, m, n: jax.random.normal(k, (m, n)) * (2.0 / m) ** 0.5
     return {
         "reduce": {"kernel": normal(one, channels, middle), "bias": jnp.zeros(middle)},
-        "expand": {"kernel": 0.1 * normal(two, middle, gates), "bias": jnp.full(gates, bias)},
+        "expand": {"kernel": 0.3 * normal(two, middle, gates), "bias": jnp.full(gates, bias)},
     }
 
 

@@ -161,7 +161,7 @@ def open_channels(gates: Array, method: str, k: int | float) -> tuple[Array, Arr
     if method != "top_k":
         raise ValueError(
             f"method: {method!r} opens a varying number of gates; skip with 'top_k', or "
-            "jp.gates.in_buckets"
+            "use bucketed"
         )
     return gates[0], active(gates[0], kept(k, gates.shape[-1]))
 
@@ -197,6 +197,131 @@ def in_buckets(
         raise ValueError(f"buckets: expected ascending sizes, got {sizes}")
     which = jnp.minimum(jnp.searchsorted(jnp.asarray(sizes), count), len(sizes) - 1)
     return jax.lax.switch(which, [run(k) for k in sizes], *args)
+
+
+Buckets = Sequence[int | float]
+QUARTERS = (0.25, 0.5, 0.75, 1.0)
+
+
+def bucketed_dense(
+    x: Float[Array, "1 ... n_in"],
+    kernel: Float[Array, "n_in n_out"],
+    gates: Float[Array, "n_out"],
+    *,
+    bias: Float[Array, "n_out"] | None = None,
+    inputs: Float[Array, "n_in"] | None = None,
+    buckets: Buckets = QUARTERS,
+) -> Float[Array, "1 ... n_out"]:
+    """A product with as few inputs and outputs as the smallest buckets that hold the open ones.
+
+    For one example and gates that open any number; `gathered_dense` is for a number known beforehand.
+
+    Args:
+      x: all inputs, those of closed ones 0.
+      kernel, bias: of the whole layer.
+      gates: of the outputs; closed where 0.
+      inputs: gates of the inputs; all open by default.
+      buckets: sizes, ascending: numbers, or fractions of the channels. The last must hold all.
+
+    Returns:
+      All outputs times their gates: `(x @ kernel + bias) * gates`.
+
+    Raises:
+      ValueError: more than one example, buckets that do not ascend or do not hold all.
+
+    Example:
+      >>> x, kernel = jnp.ones((1, 4)), jnp.ones((4, 3))
+      >>> jp.gates.bucketed_dense(x, kernel, jnp.array([1.0, 0.0, 0.5])).tolist()
+      [[4.0, 0.0, 2.0]]
+    """
+
+    def run(x: Array, ins: Array | None, outs: Array) -> Array:
+        return gathered_dense(x, kernel, bias=bias, inputs=ins, outputs=outs)
+
+    return _bucketed(run, x, gates, inputs, buckets)
+
+
+def bucketed_conv(
+    x: Float[Array, "1 h w n_in"],
+    kernel: Float[Array, "kh kw n_in n_out"],
+    gates: Float[Array, "n_out"],
+    *,
+    bias: Float[Array, "n_out"] | None = None,
+    inputs: Float[Array, "n_in"] | None = None,
+    buckets: Buckets = QUARTERS,
+    strides: Sequence[int] = (1, 1),
+    padding: Any = "SAME",
+) -> Float[Array, "1 h w n_out"]:
+    """A convolution with as few channels as the smallest buckets that hold the open ones.
+
+    For one example and gates that open any number; `gathered_conv` is for a number known beforehand.
+
+    Args:
+      x: an image with all channels, those of closed ones 0.
+      kernel, bias: of the whole layer.
+      gates, inputs, buckets: see `bucketed_dense`.
+      strides, padding: of the convolution.
+
+    Returns:
+      All channels times their gates.
+
+    Raises:
+      ValueError: more than one example, buckets that do not ascend or do not hold all.
+
+    Example:
+      >>> x, kernel = jnp.ones((1, 2, 2, 4)), jnp.ones((1, 1, 4, 3))
+      >>> jp.gates.bucketed_conv(x, kernel, jnp.array([1.0, 0.0, 0.5]))[0, 0, 0].tolist()
+      [4.0, 0.0, 2.0]
+    """
+
+    def run(x: Array, ins: Array | None, outs: Array) -> Array:
+        return gathered_conv(
+            x, kernel, bias=bias, inputs=ins, outputs=outs, strides=strides, padding=padding
+        )
+
+    return _bucketed(run, x, gates, inputs, buckets)
+
+
+def _bucketed(
+    run: Callable[[Array, Array | None, Array], Array],
+    x: Array,
+    gates: Array,
+    inputs: Array | None,
+    buckets: Buckets,
+) -> Array:
+    if x.shape[0] != 1:
+        raise ValueError(f"x: one example at a time, got a batch of {x.shape[0]}")
+    # open channels first, each side in its own order: any bucket that holds them is a prefix
+    outs, ins = (
+        None if g is None else jnp.argsort(g == 0, stable=True).astype(jnp.int32)
+        for g in (gates, inputs)
+    )
+    assert outs is not None
+    size = gates.shape[0]
+
+    def of_outputs(k: int) -> Callable[..., Array]:
+        def of_inputs(j: int) -> Callable[..., Array]:
+            def go(x: Array) -> Array:
+                index = outs[:k]
+                y = run(x, None if ins is None else ins[:j], index)
+                return scattered(y * gates[index].astype(y.dtype), index, size)
+
+            return go
+
+        if inputs is None:
+            return of_inputs(0)
+        sizes = _sizes(buckets, inputs.shape[0])
+        return lambda x: in_buckets(of_inputs, jnp.sum(inputs != 0), sizes, x)
+
+    return in_buckets(of_outputs, jnp.sum(gates != 0), _sizes(buckets, size), x)
+
+
+def _sizes(buckets: Buckets, n: int) -> list[int]:
+    """Buckets as numbers of channels; the last holds all."""
+    found = [kept(b, n) for b in buckets]
+    if not found or found[-1] != n:
+        raise ValueError(f"buckets: the last must hold all {n} channels, got {list(buckets)}")
+    return sorted(set(found)) if found == sorted(found) else found
 
 
 def maybe(gate: Any, block: Callable[..., Array], x: Array, *args: Any) -> Array:

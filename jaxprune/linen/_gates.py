@@ -129,6 +129,28 @@ class GatedConv(nn.Module):
         )
         return y * found[index].astype(y.dtype), index
 
+    def bucketed(
+        self, x: Float[Array, "1 h w c"], inputs: Any = None, *, buckets: Any = gates.QUARTERS
+    ) -> tuple[Array, Array]:
+        """All channels, and their gates (features,): only a bucket that holds the open ones is computed.
+
+        For gates that open any number, and a batch of 1; `inputs` are the gates of the channels of `x`,
+        if it comes from another gated layer. See `jp.gates.bucketed_conv`.
+        """
+        weights = self.conv.variables["params"]
+        found = self.gate(x, deterministic=True)[0]
+        y = gates.bucketed_conv(
+            x,
+            weights["kernel"],
+            found,
+            bias=weights.get("bias"),
+            inputs=inputs,
+            buckets=buckets,
+            strides=self.strides,
+            padding=self.padding,
+        )
+        return y, found
+
 
 class GatedDense(nn.Module):
     """A dense layer whose outputs are gated by what it reads.
@@ -174,6 +196,17 @@ class GatedDense(nn.Module):
             x, weights["kernel"], bias=weights.get("bias"), inputs=inputs, outputs=index
         )
         return y * found[index].astype(y.dtype), index
+
+    def bucketed(
+        self, x: Float[Array, "1 ... c"], inputs: Any = None, *, buckets: Any = gates.QUARTERS
+    ) -> tuple[Array, Array]:
+        """All outputs, and their gates (features,); see `GatedConv.bucketed`."""
+        weights = self.dense.variables["params"]
+        found = self.gate(x, deterministic=True)[0]
+        y = gates.bucketed_dense(
+            x, weights["kernel"], found, bias=weights.get("bias"), inputs=inputs, buckets=buckets
+        )
+        return y, found
 
 
 class HeadGate(nn.Module):

@@ -138,6 +138,24 @@ class GatedConv(nnx.Module):
         )
         return y * found[index].astype(y.dtype), index
 
+    def bucketed(
+        self, x: Float[Array, "1 h w c"], inputs: Any = None, *, buckets: Any = gates.QUARTERS
+    ) -> tuple[Array, Array]:
+        """All channels, and their gates (features,); see `jp.linen.GatedConv.bucketed`."""
+        found = self.gate(x, deterministic=True)[0]
+        bias = None if self.conv.bias is None else self.conv.bias[...]
+        y = gates.bucketed_conv(
+            x,
+            self.conv.kernel[...],
+            found,
+            bias=bias,
+            inputs=inputs,
+            buckets=buckets,
+            strides=self.strides,
+            padding=self.padding,
+        )
+        return y, found
+
 
 class GatedDense(nnx.Module):
     """A dense layer whose outputs are gated by what it reads; see `jp.linen.GatedDense`.
@@ -185,6 +203,17 @@ class GatedDense(nnx.Module):
         bias = None if self.dense.bias is None else self.dense.bias[...]
         y = gates.gathered_dense(x, kernel, bias=bias, inputs=inputs, outputs=index)
         return y * found[index].astype(y.dtype), index
+
+    def bucketed(
+        self, x: Float[Array, "1 ... c"], inputs: Any = None, *, buckets: Any = gates.QUARTERS
+    ) -> tuple[Array, Array]:
+        """All outputs, and their gates (features,); see `jp.linen.GatedConv.bucketed`."""
+        found = self.gate(x, deterministic=True)[0]
+        bias = None if self.dense.bias is None else self.dense.bias[...]
+        y = gates.bucketed_dense(
+            x, self.dense.kernel[...], found, bias=bias, inputs=inputs, buckets=buckets
+        )
+        return y, found
 
 
 class TokenGate(nnx.Module):
@@ -322,22 +351,20 @@ class EarlyExit(nnx.Module):
         """For stages that make so many `channels` each, or with `heads` of your own."""
         gates.check_heads(stages, classes, heads)
         self.stages = nnx.List(stages)
-        self.heads = None if heads is None else nnx.List(heads)
-        self.dense = None
-        if heads is None:
-            if channels is None or len(channels) != len(stages) or rngs is None:
-                raise ValueError(
-                    "channels, rngs: expected the channels that each stage makes, and rngs"
-                )
-            assert classes is not None
-            self.dense = nnx.List([nnx.Linear(n, classes, rngs=rngs) for n in channels])
+        if heads is not None:
+            self.heads = nnx.List(heads)
+            return
+        if channels is None or len(channels) != len(stages) or rngs is None:
+            raise ValueError(
+                "channels, rngs: expected the channels that each stage makes, and rngs"
+            )
+        assert classes is not None
+        self.dense = nnx.List([nnx.Linear(n, classes, rngs=rngs) for n in channels])
 
     def _exits(self) -> Sequence[Callable[[Array], Array]]:
-        if self.heads is not None:
+        if hasattr(self, "heads"):
             return list(self.heads)
-        return [
-            lambda x, head=head: head(gates.pooled(x, magnitude=False)) for head in self.dense or ()
-        ]
+        return [lambda x, head=head: head(gates.pooled(x, magnitude=False)) for head in self.dense]
 
     def __call__(self, x: Float[Array, "batch ..."]) -> list[Array]:
         """Logits of all heads."""
