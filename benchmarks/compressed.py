@@ -36,6 +36,8 @@ KINDS = {
     "clusters, 4 bits, int8 codebook": ({"bits": 4}, None),
     "clusters, 8 bits": ({"bits": 8}, None),
     "rank 512": ({"rank": 512}, None),
+    "2:4, float": ({}, None),
+    "2:4, int8": ({"bits": 8}, None),
 }
 
 
@@ -43,6 +45,10 @@ def compress(params, name, **settings):
     """The tree of one kind."""
     if name.startswith("rank"):
         return jp.factorize_tree(params, rank=512)
+    if name.startswith("2:4"):
+        pruned, _ = jp.prune_tree(params, 0.5, pattern=jp.masks.NM(2, 4))
+        tree = jp.sparsify_tree(pruned)
+        return jp.quantize_tree(tree, **settings) if settings else tree
     if not name.startswith("clusters"):
         return jp.quantize_tree(params, **settings)
     tree = jp.cluster_tree(params, **settings)

@@ -23,12 +23,13 @@ import numpy as np
 import optax
 from fashion_resnet import load
 from flax import linen as nn
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import jaxprune as jp
-from jaxprune.reports import human_seconds, new_figure, plot_gates, seconds
+from jaxprune.reports import human_seconds, plot_gates, seconds
 
 BATCH, CLASSES, GATE_RATE = 128, 10, 1e-2
 LAYERS = ("conv1", "conv2", "conv3", "conv4")
@@ -39,7 +40,7 @@ METHODS = {
     "hard-concrete": "hard_concrete",
     "REINFORCE": "bernoulli",
 }
-WEIGHTS = {"top_k": 0.0, "straight_through": 1.5, "hard_concrete": 3.0, "bernoulli": 5.0}
+WEIGHTS = {"top_k": 0.0, "straight_through": 1.5, "hard_concrete": 10.0, "bernoulli": 5.0}
 NAMES = (
     "T-shirt",
     "trouser",
@@ -152,10 +153,13 @@ def loss_of(module, costs, overhead, budget, weight):
                 entropy_bonus=1e-4,
             )
             return task.mean() + policy
-        if module.method == "hard_concrete":
-            gates = {name: jp.gates.expected_l0(value) for name, value in logits.items()}
-        above = jnp.maximum(jnp.mean(spent(gates)) - budget, 0)
-        return task.mean() + weight(step) * above
+        off = jnp.mean(spent(gates)) - budget
+        if module.method == "hard_concrete":  # what runs decides whether the expected L0 is pushed
+            runs = {name: jp.gates.hard_concrete_mean(value) != 0 for name, value in logits.items()}
+            expected = {name: jp.gates.expected_l0(value) for name, value in logits.items()}
+            off = jnp.sign(jnp.mean(spent(runs)) - budget) * jnp.mean(spent(expected))
+            return task.mean() + weight(step) * off
+        return task.mean() + weight(step) * jnp.abs(off)
 
     return loss
 
@@ -295,7 +299,7 @@ def compare(arguments, train, test):
 
 def plot(path, found):
     """Accuracy against mean multiply-adds."""
-    figure = new_figure(6.4, 4.4)
+    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for i, (name, by_factor) in enumerate(found.items()):
         points = sorted(tuple(np.mean(runs, 0)) for runs in by_factor.values())

@@ -2,9 +2,9 @@
 
 Stages, in the order of use: `scores` and `budgets` say what matters, `masks` selects, `optim` trains
 under masks, `trace`, `structure` and `compact` remove channels for good, `quantize` stores weights in
-few bits, `share` lets them share values and factors, `compressed` runs on
-both, `distill` recovers accuracy, `gates` decide per input what runs, `export` saves, `report` shows
-what was gained.
+few bits, `share` lets them share values and factors, `sparse` stores what pruning left, `compressed`
+runs on all, `distill` recovers accuracy, `gates` decide per input what runs, `export` saves, `report`
+shows what was gained.
 """
 
 from jaxprune import (
@@ -22,6 +22,7 @@ from jaxprune import (
     schedules,
     scores,
     share,
+    sparse,
     structure,
 )
 from jaxprune.calibration import calibrate, quantize_activations
@@ -51,6 +52,7 @@ from jaxprune.share import (
     materialize_tree,
     tie_tree,
 )
+from jaxprune.sparse import SparseArray, sparsify_tree
 from jaxprune.structure import compact
 
 __version__ = "0.1.0"
@@ -59,6 +61,7 @@ __all__ = [
     "ClusteredArray",
     "LowRankArray",
     "QuantizedArray",
+    "SparseArray",
     "apply_masks",
     "budgets",
     "calibrate",
@@ -90,6 +93,8 @@ __all__ = [
     "schedules",
     "scores",
     "share",
+    "sparse",
+    "sparsify_tree",
     "sparsity",
     "structure",
     "tie_tree",

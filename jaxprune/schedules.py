@@ -168,7 +168,7 @@ def annealed(
     return schedule
 
 
-def between(begin: int, end: int | None = None) -> Callable[[Any], Array]:
+def between(begin: int, *, end: int | None = None) -> Callable[[Any], Array]:
     """True from step `begin` on, and before step `end`: a phase of training.
 
     Args:
@@ -182,7 +182,7 @@ def between(begin: int, end: int | None = None) -> Callable[[Any], Array]:
       ValueError: a negative step, or `end` not above `begin`.
 
     Example:
-      >>> active = jp.schedules.between(10, 20)
+      >>> active = jp.schedules.between(10, end=20)
       >>> [bool(active(step)) for step in (9, 10, 19, 20)]
       [False, True, True, False]
     """

@@ -16,6 +16,7 @@ LAYERS = {
     "masks": 1,
     "quantize": 1,
     "share": 1,
+    "sparse": 1,
     "graph": 1,
     "calibration": 2,
     "structure": 2,

@@ -33,6 +33,7 @@ from jaxprune.share import (
     TuckerArray,
     packed,
 )
+from jaxprune.sparse import SparseArray
 
 _TRUSTED = ("chex", "flax", "jax", "jaxprune", "optax")  # packages that loading may import
 _LARGE = 1024  # bytes of arrays that are compared with others
@@ -69,6 +70,14 @@ _COMPRESSED: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] 
     "LowRankArray": (
         LowRankArray,
         lambda x: {"tail": x.tail, "dtype": np.dtype(x.dtype).name},
+        lambda meta: {**meta, "dtype": jax.numpy.dtype(meta["dtype"])},
+    ),
+    "SparseArray": (
+        SparseArray,
+        lambda x: {
+            **{name: getattr(x, name) for name in ("n", "m", "axis", "length", "per")},
+            "dtype": np.dtype(x.dtype).name,
+        },
         lambda meta: {**meta, "dtype": jax.numpy.dtype(meta["dtype"])},
     ),
     "TuckerArray": (

@@ -45,7 +45,7 @@ class Layout(NamedTuple):
         """Shape of the free axes."""
         return tuple(self.shape[i] for i in self.free)
 
-    def of(self, codes: jax.Array) -> "Layout":
+    def of(self, codes: Any) -> "Layout":
         """The same product with an array of another size."""
         return self._replace(shape=tuple(codes.shape))
 

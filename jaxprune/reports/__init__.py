@@ -2,7 +2,7 @@
 
 from jaxprune.reports._gates import plot_gates
 from jaxprune.reports._groups import plot_groups
-from jaxprune.reports._plot import new_figure, plot_accuracy
+from jaxprune.reports._plot import plot_accuracy
 from jaxprune.reports._size import nbytes
 from jaxprune.reports._table import Report, Row, human_bytes, human_seconds, report, seconds
 
@@ -11,7 +11,6 @@ __all__ = [
     "Row",
     "human_bytes",
     "nbytes",
-    "new_figure",
     "plot_accuracy",
     "plot_gates",
     "plot_groups",

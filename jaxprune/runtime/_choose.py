@@ -23,13 +23,13 @@ from jaxprune.graph import Layout
 from jaxprune.quantize import DynamicInput, InputScale, QuantizedArray
 from jaxprune.runtime import _lowerings
 from jaxprune.runtime._activations import How
+from jaxprune.runtime._settle import settled
 from jaxprune.share import SELECTED, SELECTED_BYTES, ClusteredArray
+from jaxprune.sparse import SparseArray
 
-Leaf = QuantizedArray | ClusteredArray
+Leaf = QuantizedArray | ClusteredArray | SparseArray
 _INTEGER = ("int8", "int4", "int2")
 LONGEST = (2**31 - 1) // (127 * 128)  # products of 8-bit integers that 32 bits hold
-_LARGE = 2**18  # entries of an operand worth keeping from being computed again
-_A_NAN = 0x7FC12345
 _GROUP = 64  # a loop over smaller groups costs more than it saves
 
 Thresholds = dict[str, list[tuple[int, str]]]
@@ -44,6 +44,7 @@ DEFAULTS: dict[str, Thresholds] = {
         "levels": [(-1, "block_planes")],
         "codewords": [(-1, "block_planes")],
         "many codewords": [(16, "blocks"), (-1, "block_planes")],
+        "kept values": [(8, "blocks"), (-1, "block_planes")],
     },
     "other": {
         "integers": [(-1, "converted")],
@@ -53,6 +54,7 @@ DEFAULTS: dict[str, Thresholds] = {
         "levels": [(-1, "dense")],
         "codewords": [(-1, "dense")],
         "many codewords": [(-1, "dense")],
+        "kept values": [(-1, "dense")],
     },
 }
 
@@ -117,6 +119,8 @@ def thresholds(backend: str) -> Thresholds:
 def kind_of(w: Leaf, layout: Layout) -> tuple[str, str]:
     """The kind of codes, as thresholds name it, and what keeps them from being integers in a product."""
     separated = _lowerings.separated(w, layout)
+    if isinstance(w, SparseArray):
+        return "kept values", str(separated)
     if isinstance(w, ClusteredArray):
         few = w.clusters <= SELECTED_BYTES and layout.depth <= LONGEST
         if few and not isinstance(separated, str):
@@ -148,10 +152,8 @@ def lowering_for(w: Leaf, how: How, layout: Layout) -> tuple[str, str]:
         if inner is None:
             return "integer", "activations by their calibrated scale"
         return "two_planes", "calibrated activations, times scales of the contracted indices"
-    clusters = isinstance(w, ClusteredArray)
-    both = (
-        not clusters and w.spec.format == "float8_e4m3fn" and how == DynamicInput("float8_e4m3fn")
-    )
+    codes = isinstance(w, QuantizedArray)
+    both = codes and w.spec.format == "float8_e4m3fn" and how == DynamicInput("float8_e4m3fn")
     factors = _lowerings.separated(w, layout)
     if both and backend != "cpu" and not isinstance(factors, str) and factors[0] is None:
         return "float8", "both operands in float8, one scale per row"
@@ -160,9 +162,7 @@ def lowering_for(w: Leaf, how: How, layout: Layout) -> tuple[str, str]:
     if name == "block_planes" and layout.depth > LONGEST:
         name = "blocks"
     numbers = (
-        not clusters
-        and w.spec.format != "nf4"
-        and not isinstance(_lowerings.separated(w, layout), str)
+        codes and w.spec.format != "nf4" and not isinstance(_lowerings.separated(w, layout), str)
     )
     if name == "dense" and numbers:
         name = "converted"
@@ -182,21 +182,6 @@ def run(name: str, x: Any, w: Leaf, layout: Layout, how: How) -> jax.Array:
     compute = lambda x, w, how: settled(getattr(_lowerings, name)(settled(x), w, layout, how))
     reference = lambda x, w, how: _lowerings.dense(x, w, layout, how)
     return differentiated(compute, reference)(x, w, how)
-
-
-def settled(x: jax.Array) -> jax.Array:
-    """`x`, computed before it is used, as before and after a dense product.
-
-    Quantization reads its operand several times, and the compiler for CPU fuses what leads to it (a GELU,
-    say) into every reader, computing it as often. It drops optimization barriers early; it cannot look
-    through a loop, even one that never runs.
-    """
-    if jax.default_backend() != "cpu" or x.size < _LARGE:
-        return x
-    first = jax.lax.bitcast_convert_type(x.reshape(-1)[0], jnp.uint32)
-    never = (first == _A_NAN).astype(jnp.int32)  # no computation makes this very NaN
-    turn = lambda carry: (carry[0] + 1, carry[1] + 1.0)
-    return jax.lax.while_loop(lambda carry: carry[0] < never, turn, (jnp.int32(0), x))[1]
 
 
 def differentiated(

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -33,7 +33,9 @@ from jaxprune.runtime._choose import Choice, dense_bytes, lowering_for, run
 from jaxprune.runtime._convolve import convolution_for, convolved
 from jaxprune.runtime._factors import factored_convolution, sides_of, two_products
 from jaxprune.runtime._rows import looked_up
+from jaxprune.runtime._sparse import as_quantized
 from jaxprune.share import ClusteredArray, LowRankArray, TiedTree, TuckerArray
+from jaxprune.sparse import SparseArray
 
 _WARN_BYTES = 64 * 2**20
 
@@ -124,6 +126,7 @@ class _Run:
         if len(sides) != 1:
             return Found(why="both operands are compressed")
         side = sides[0]
+        operands = [_codes(x) if isinstance(x, Held) else x for x in operands]
         if not jnp.issubdtype(operands[1 - side].dtype, jnp.floating):
             return Found(why="the other operand is no float")
         if name == "dot_general":
@@ -199,6 +202,8 @@ class _Run:
         sizes, rank = tuple(operation.params["slice_sizes"]), len(held.shape)
         lead = np.ndim(index) - 1
         factors = isinstance(held.array, LowRankArray) and held.array.batch == 0
+        if isinstance(held.array, SparseArray) and held.array.axis == -rank:
+            return None  # a row is spread over values of its neighbours
         rows = (
             (_has_products(held.array) or factors)
             and rank >= 2
@@ -224,13 +229,21 @@ class _Run:
         return [found]
 
 
+def _codes(held: Held) -> Held:
+    """A pruned leaf with quantized values is one of codes in a product."""
+    found = as_quantized(held.array) if isinstance(held.array, SparseArray) else None
+    return held if found is None else replace(held, array=found)
+
+
 def _has_products(array: Any) -> bool:
-    return isinstance(array, QuantizedArray) or (
+    return isinstance(array, QuantizedArray | SparseArray) or (
         isinstance(array, ClusteredArray) and array.is_plain
     )
 
 
-def _is_packed(array: QuantizedArray | ClusteredArray) -> bool:
+def _is_packed(array: QuantizedArray | ClusteredArray | SparseArray) -> bool:
+    if isinstance(array, SparseArray):
+        return False
     bits = array.bits if isinstance(array, ClusteredArray) else array.spec.width
     return bits < 8
 

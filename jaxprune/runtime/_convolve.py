@@ -15,8 +15,10 @@ import numpy as np
 from jaxprune.graph import Held, Operation, run_operation
 from jaxprune.quantize import DynamicInput, InputScale, QuantizedArray
 from jaxprune.runtime._activations import STEPS, How, Planes, in_planes, rounded, with_known_scale
-from jaxprune.runtime._choose import LONGEST, differentiated, settled
+from jaxprune.runtime._choose import LONGEST, differentiated
+from jaxprune.runtime._settle import settled
 from jaxprune.share import ClusteredArray
+from jaxprune.sparse import SparseArray
 
 _CHANNELS = 16  # integer convolutions of fewer channels are slower than float ones
 _WORTH = 96  # multiply-adds for each entry in and out, from which an integer one saves time
@@ -24,7 +26,7 @@ _WORTH = 96  # multiply-adds for each entry in and out, from which an integer on
 
 def convolution_for(operation: Operation, x: Any, held: Held, how: How) -> tuple[str, str]:
     """A lowering's name and the reason."""
-    if not isinstance(held.array, QuantizedArray | ClusteredArray):
+    if not isinstance(held.array, QuantizedArray | ClusteredArray | SparseArray):
         return "rounded", "activations are rounded first"
     params = operation.params
     read = params["dimension_numbers"].rhs_spec
@@ -77,7 +79,7 @@ def convolved(name: str, operation: Operation, x: jax.Array, held: Held, how: Ho
 def _separable(held: Held, out_axis: int) -> bool:
     """Whether the kernel's codes are integers with one scale for each output channel, or for all."""
     array, axis = held.array, held.order[out_axis] + held.array.ndim
-    if isinstance(array, ClusteredArray):
+    if not isinstance(array, QuantizedArray):
         return False
     if not array.spec.format.startswith("int") or array.zero_point is not None:
         return False

@@ -22,8 +22,9 @@ from jaxprune.runtime._activations import (
 from jaxprune.runtime._readers import Part, integer_book, largest, scale_of_integers
 from jaxprune.runtime._sweep import sweep
 from jaxprune.share import ClusteredArray
+from jaxprune.sparse import SparseArray
 
-Compressed = QuantizedArray | ClusteredArray
+Compressed = QuantizedArray | ClusteredArray | SparseArray
 _FEW = 2  # integer products of fewer rows run slower than of these
 
 
@@ -31,6 +32,8 @@ def separated(w: Compressed, layout: Layout) -> tuple[Array | None, Array | None
     """Scales of the contracted indices and of the results, as stored, where the scales of the codes are
     one or the other; else the reason why they do not factor out of the product.
     """
+    if isinstance(w, SparseArray):
+        return "what is left of pruned weights are any numbers"
     if isinstance(w, ClusteredArray):
         if integer_book(w) is None:
             return "codewords are any numbers"
@@ -185,7 +188,7 @@ def dense(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
 
 
 def _zero_of(w: Compressed) -> Array | None:
-    zero = None if isinstance(w, ClusteredArray) else w.zero_point
+    zero = w.zero_point if isinstance(w, QuantizedArray) else None
     return None if zero is None else zero.astype(jnp.float32)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxprune._trees import dense
 from jaxprune.quantize import (
     NF4_LEVELS,
     Levels,
@@ -21,7 +22,9 @@ from jaxprune.quantize import (
     strided,
 )
 from jaxprune.runtime._activations import STEPS
+from jaxprune.runtime._settle import all_settled
 from jaxprune.share import ClusteredArray, codewords_at, index_places, widths_of
+from jaxprune.sparse import SparseArray
 
 _INT8 = Spec(bits=8)
 
@@ -82,7 +85,44 @@ class Codes(NamedTuple):
         return first.astype(jnp.int8), second.astype(jnp.int8)
 
 
-Part = Words | Codes
+class Kept(NamedTuple):
+    """What is left of pruned neighbours, in its places."""
+
+    array: SparseArray
+
+    @property
+    def codes(self) -> jax.ShapeDtypeStruct:
+        """The shape that they stand for."""
+        return jax.ShapeDtypeStruct(self.array.shape, jnp.float32)
+
+    def values(self) -> Array:
+        """What they stand for, in float32."""
+        return self.array.materialize().astype(jnp.float32)
+
+    def planes(self, bound: Array | None) -> tuple[Array, Array]:
+        """Values in units of `bound / 127`: whole numbers, and what is left in units of 1 / STEPS.
+
+        What is stored is rounded before it is spread: there is less of it, and bytes move faster.
+        """
+        assert bound is not None
+        if self._is_shared(bound):
+            values = dense(self.array.values).astype(jnp.float32) * (127.0 / bound)
+            first = jnp.round(values)
+            second = jnp.round((values - first) * STEPS)
+            pair = first.astype(jnp.int8), second.astype(jnp.int8)
+            first, second = all_settled(pair, bound)
+            return self.array.spread(first), self.array.spread(second)
+        values = self.values() * (127.0 / bound)
+        first = jnp.round(values)
+        second = jnp.round((values - first) * STEPS)
+        return first.astype(jnp.int8), second.astype(jnp.int8)
+
+    def _is_shared(self, bound: Array) -> bool:
+        """Whether a bound is the same along the axis of the groups."""
+        return bound.shape[self.array.axis] == 1
+
+
+Part = Words | Codes | Kept
 
 
 class Reader(NamedTuple):
@@ -115,6 +155,8 @@ def reader_of(w: Any, *, bits: bool = True) -> Reader:
     """The reader of a quantized or clustered array; `bits`: float8 codes as their bits."""
     if isinstance(w, ClusteredArray):
         return _clusters(w)
+    if isinstance(w, SparseArray):
+        return _kept(w)
     if bits and w.spec.format == "float8_e4m3fn":  # loops over bits are faster than over float8
         w = replace(w, values=jax.lax.bitcast_convert_type(w.values, jnp.uint8))
     per, length = 8 // w.spec.width, w.length
@@ -135,6 +177,21 @@ def _interleaved(ys: tuple[Array, ...], length: int) -> Array:
     """Results of neighbours in a byte, in order."""
     joined = jnp.stack(ys, -1)  # (…, bytes, places)
     return joined.reshape(*joined.shape[:-2], -1)[..., :length]
+
+
+def _kept(w: SparseArray) -> Reader:
+    w = replace(w.opened(), values=jnp.asarray(dense(w.values)))
+    return Reader(
+        w,
+        1,
+        w.groups if w.axis == -w.ndim and w.length % w.m == 0 else 1,
+        Kept,
+        Kept,
+        lambda q: [Kept(q)],
+        lambda x, axis: x,
+        lambda x, i: x,
+        lambda ys: ys[0],
+    )
 
 
 def _clusters(w: ClusteredArray) -> Reader:
@@ -190,8 +247,12 @@ def scale_of_integers(w: ClusteredArray) -> Array:
     return w.codebook.scale.reshape((1,) * w.ndim)
 
 
-def largest(w: QuantizedArray | ClusteredArray, axes: tuple[int, ...]) -> Array:
+def largest(w: QuantizedArray | ClusteredArray | SparseArray, axes: tuple[int, ...]) -> Array:
     """A bound of the absolute values along some axes, which stay with size 1; others may have it too."""
+    if isinstance(w, SparseArray):
+        values = jnp.abs(dense(w.values).astype(jnp.float32))
+        along = {*axes, w.ndim + w.axis}  # one bound for all that is left along the groups
+        return jnp.max(values, tuple(along), keepdims=True, initial=0.0)
     if isinstance(w, QuantizedArray):
         return largest_values(w, axes)
     bound = jnp.max(jnp.abs(w.codewords().astype(jnp.float32)).max(-1), axes, keepdims=True)
@@ -203,7 +264,7 @@ def largest(w: QuantizedArray | ClusteredArray, axes: tuple[int, ...]) -> Array:
 
 def leading(w: Any, start: Any, size: int) -> Any:
     """`size` entries of the leading axis from `start`, which hold whole groups."""
-    if isinstance(w, QuantizedArray):
+    if isinstance(w, QuantizedArray | SparseArray):
         return w.leading(start, size)
     book, n = w.codewords(), w.shape[0]
     planes = tuple(jax.lax.dynamic_slice_in_dim(x, start, size) for x in w.indices)

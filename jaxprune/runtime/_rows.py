@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._trees import dense
+from jaxprune._types import is_compressed
 from jaxprune.quantize import QuantizedArray
 from jaxprune.share import ClusteredArray, LowRankArray
+from jaxprune.sparse import SparseArray
 
 
 def looked_up(array: Any, index: jax.Array) -> jax.Array:
@@ -21,6 +23,14 @@ def looked_up(array: Any, index: jax.Array) -> jax.Array:
     if isinstance(array, LowRankArray):
         left = jnp.take(jnp.asarray(dense(array.left)), flat, axis=0)
         return replace(array, left=left).materialize().reshape(*index.shape, *array.shape[1:])
+    if isinstance(array, SparseArray):
+        values = (
+            looked_up(array.values, flat)
+            if is_compressed(array.values)
+            else jnp.take(array.values, flat, axis=0)
+        )
+        rows = replace(array, values=values, flags=jnp.take(array.flags, flat, axis=0))
+        return rows.materialize().reshape(*index.shape, *array.shape[1:])
     if isinstance(array, ClusteredArray):
         return _looked_up_clusters(array, flat).reshape(*index.shape, *array.shape[1:])
 

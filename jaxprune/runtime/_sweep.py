@@ -15,6 +15,7 @@ from jaxtyping import Array
 from jaxprune.graph import Layout
 from jaxprune.quantize import leading_block
 from jaxprune.runtime._readers import Part, Reader, leading, reader_of
+from jaxprune.sparse import SparseArray
 
 BLOCK = 2**21  # entries that become numbers at a time
 
@@ -92,7 +93,7 @@ def sweep(
 def _block_size(reader: Reader, n: int, block: int | None) -> int:
     """Entries of the leading axis per block: whole groups, and blocks as equal as can be."""
     w, groups = reader.array, reader.groups
-    if block is None or w.ndim < 2 or w.size <= block or n == 0:
+    if block is None or isinstance(w, SparseArray) or w.ndim < 2 or w.size <= block or n == 0:
         return max(n, 1)
     step = n // groups if groups > 1 and n % groups == 0 else 1
     count = -(-w.size // block)

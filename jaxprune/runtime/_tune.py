@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from rich.progress import track
 
 from jaxprune.graph import Layout
-from jaxprune.quantize import QuantizedArray, quantize_tree
+from jaxprune.quantize import quantize_tree
 from jaxprune.runtime._choose import DEFAULTS, Thresholds, run, thresholds, tuning_file
+from jaxprune.sparse import SparseArray
 
 _KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "integers": ({"bits": 8}, ("two_planes", "converted", "blocks")),
@@ -21,6 +22,7 @@ _KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("groups", "blocks", "block_planes", "dense"),
     ),
     "other codes": ({"dtype": "nf4"}, ("blocks", "block_planes", "dense")),
+    "kept values": ({}, ("blocks", "block_planes", "dense")),
 }
 
 
@@ -52,7 +54,7 @@ def tune(
     seconds: dict[str, dict[str, dict[int, float]]] = {}
     rules: Thresholds = {}
     for kind, (settings, names) in track(_KINDS.items(), "tune", transient=True):
-        array = quantize_tree({"w": w}, **settings)["w"]
+        array = _leaf(kind, w, settings)
         found = {name: {n: _time(name, array, n, rounds) for n in rows} for name in names}
         seconds[kind] = found
         rules[kind] = _rules(found, base[kind], rows)
@@ -69,7 +71,14 @@ def tune(
     return seconds
 
 
-def _time(name: str, array: QuantizedArray, rows: int, rounds: int) -> float:
+def _leaf(kind: str, w: jax.Array, settings: dict[str, Any]) -> Any:
+    """A matrix in one kind of codes."""
+    if kind == "kept values":
+        return SparseArray.of(w, jnp.arange(w.shape[0])[:, None] % 2 == 0, 2, 4, -2)
+    return quantize_tree({"w": w}, **settings)["w"]
+
+
+def _time(name: str, array: Any, rows: int, rounds: int) -> float:
     n = array.shape[0]
     layout = Layout((n, n), (), (0,), (1,), (rows,))
     call = jax.jit(lambda x, w: run(name, x, w, layout, None))

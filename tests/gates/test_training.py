@@ -67,7 +67,7 @@ def test_phases_hold_updates_and_state():
     tx = optax.multi_transform(
         {
             "net": jp.optim.phased(optax.adam(0.1), jp.schedules.turns(1, 2)),
-            "gates": jp.optim.phased(optax.adam(0.1), jp.schedules.between(2, 4)),
+            "gates": jp.optim.phased(optax.adam(0.1), jp.schedules.between(2, end=4)),
         },
         {"net": "net", "gates": "gates"},
     )
@@ -212,7 +212,7 @@ def test_annealed_temperatures():
     [
         lambda: jp.schedules.annealed(0.0, end=5),
         lambda: jp.schedules.annealed(0.1, end=5, kind="steps"),
-        lambda: jp.schedules.between(5, 5),
+        lambda: jp.schedules.between(5, end=5),
         lambda: jp.schedules.turns(0, 1),
         lambda: g.exit_loss([X], jnp.mean, weights=[1.0, 2.0]),
         lambda: g.exit_when_sure([jnp.tanh], [], X, threshold=0.5),
