@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from _timing import in_turns
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from jaxprune import distill as d
@@ -23,6 +24,7 @@ from jaxprune.cli import _cnn, _mnist
 
 AT = {"a": "Conv_0/bias", "b": "Conv_1/bias", "h": "Dense_0/bias"}
 SMALL = (8, 16, 24)
+BATCH = 128
 
 
 def hard(out, batch):
@@ -44,6 +46,15 @@ def methods():
         "kd": (1.0, plain(lambda s, t, b: d.kd(s.out, t.out)), None),
         "dkd": (1.0, plain(lambda s, t, b: d.dkd(s.out, t.out, b[1], beta=2.0)), None),
         "dist": (2.0, plain(lambda s, t, b: d.dist(s.out, t.out)), None),
+        "skd_instance": (16.0, plain(lambda s, t, b: d.skd_instance(s.out, t.out)), None),
+        "skd_direction": (0.5, plain(lambda s, t, b: d.skd_direction(s.out, t.out)), None),
+        "dist_plus": (
+            1.0,
+            lambda s, t, b, p: d.dist_plus(
+                (fit_b.apply(p, s.at["b"]), s.out), (t.at["b"], t.out)
+            ),
+            fit_b,
+        ),
         "logit_std_kd": (2.0, plain(lambda s, t, b: d.logit_std_kd(s.out, t.out)), None),
         "divergence (reverse)": (
             4.0, plain(lambda s, t, b: d.divergence(s.out, t.out, temperature=2.0)), None,
@@ -168,7 +179,7 @@ def compare(seeds, epochs):
         "teacher", f"{float(_cnn.accuracy(whole, data.test_images, data.test_labels)):.2%}"
     )
     base = None
-    for name, (loss_fn, extra) in ready.items():
+    for name, (loss_fn, extra) in track(ready.items(), description="methods"):
         found = [train(loss_fn, start(s), extra, whole, scarce, epochs, s) for s in range(seeds)]
         mean = float(np.mean(found))
         base = mean if base is None else base
@@ -204,40 +215,60 @@ def fashion(folder, epochs, seeds):
     sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
     import fashion_resnet as example
 
-    train_data, (test_x, test_y) = example.load(Path(folder))
-    shape = jnp.zeros((1, 28, 28, 1))
-
-    def accuracy(module, variables):
-        run = jax.jit(module.apply)
-        hits = [
-            np.argmax(run(variables, test_x[i : i + 500]), -1) == test_y[i : i + 500]
-            for i in range(0, len(test_y), 500)
-        ]
-        return float(np.mean(hits))
-
+    train_data, test_data = example.load(Path(folder))
+    image = jnp.zeros((1, 28, 28, 1))
     teacher = example.ResNet()
     whole = example.fit(
-        teacher, teacher.init(jax.random.key(0), shape), train_data, epochs, 3e-3, "teacher"
+        teacher, teacher.init(jax.random.key(0), image), train_data, epochs, 3e-3, "teacher"
     )
-    run = jax.jit(teacher.apply)
-    logits = np.concatenate(
-        [run(whole, train_data[0][i : i + 500]) for i in range(0, len(train_data[0]), 500)]
-    )
+    logits = example.predict(teacher, whole, train_data[0])
     student = example.ResNet(stages=(6, 11, 22), inner=(6, 6, 11, 11, 22, 22))
     table = Table(title=f"Fashion-MNIST, {epochs} epochs")
     for column in ("network", "parameters", "accuracy"):
         table.add_column(column)
     count = lambda v: f"{sum(x.size for x in jax.tree.leaves(v['params'])):,}"
-    table.add_row("teacher", count(whole), f"{accuracy(teacher, whole):.2%}")
-    for name, soft in (("student alone", None), ("student, kd", logits)):
+    table.add_row("teacher", count(whole), f"{example.accuracy(teacher, whole, test_data):.2%}")
+    hard = lambda s, y: optax.softmax_cross_entropy_with_integer_labels(s, y).mean()
+    kinds = {
+        "student alone": lambda s, t, y: hard(s, y),
+        "student, kd": lambda s, t, y: 0.1 * hard(s, y) + 0.9 * d.kd(s, t, temperature=4.0),
+        "student, dist": lambda s, t, y: hard(s, y) + 2 * d.dist(s, t, temperature=1.0),
+    }
+    for name, loss in kinds.items():
         found = []
         for seed in range(seeds):
-            variables = student.init(jax.random.key(seed + 1), shape)
-            tuned = example.fit(student, variables, train_data, epochs, 3e-3, name, soft)
-            found.append(accuracy(student, tuned))
+            start = student.init(jax.random.key(seed + 1), image)
+            data = (*train_data, logits)
+            tuned = with_teacher(student, start, data, epochs, seed, loss, f"{name}, seed {seed}")
+            found.append(example.accuracy(student, tuned, test_data))
         each = ", ".join(f"{value:.2%}" for value in found)
-        table.add_row(name, count(variables), f"{np.mean(found):.2%} ({each})")
+        table.add_row(name, count(start), f"{np.mean(found):.2%} ({each})")
     Console().print(table)
+
+
+def with_teacher(module, variables, data, epochs, seed, loss, name):
+    """Trains with Adam on `loss(logits, the teacher's logits, labels)`."""
+    images, labels, logits = data
+    steps = epochs * (len(labels) // BATCH)
+    tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+
+    @jax.jit
+    def step(variables, state, x, y, t):
+        def full(params):
+            s, updated = module.apply(
+                {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+            )
+            return loss(s, t, y), updated
+
+        grads, updated = jax.grad(full, has_aux=True)(variables["params"])
+        updates, state = tx.update(grads, state, variables["params"])
+        return {"params": optax.apply_updates(variables["params"], updates), **updated}, state
+
+    state, rng = tx.init(variables["params"]), np.random.default_rng(seed)
+    order = [rng.permutation(len(labels))[: len(labels) // BATCH * BATCH] for _ in range(epochs)]
+    for index in track(np.concatenate(order).reshape(steps, BATCH), description=name):
+        variables, state = step(variables, state, images[index], labels[index], logits[index])
+    return variables
 
 
 def main():

@@ -6,11 +6,13 @@ Losses take the student first and stop nothing: give the teacher's side through
 
 from jaxprune.distill._capture import Site, capture, sites
 from jaxprune.distill._contrastive import CRDState, crd, crd_init, self_supervision, sskd
+from jaxprune.distill._drop_layers import drop_layers
 from jaxprune.distill._features import (
     activation_boundary,
     attention_transfer,
     batch_normalized,
     cosine,
+    dist_plus,
     factor_transfer,
     fsp,
     hierarchical_context,
@@ -35,6 +37,7 @@ from jaxprune.distill._logits import (
     regularized_kd,
     sampled_kd,
     sequence_kd,
+    skd_instance,
     top_k_kd,
 )
 from jaxprune.distill._objective import Seen, ema, mutual, objective
@@ -58,6 +61,7 @@ from jaxprune.distill._relations import (
     rkd_angle,
     rkd_distance,
     similarity_preserving,
+    skd_direction,
 )
 from jaxprune.distill._transformers import (
     attention_distribution,
@@ -88,8 +92,10 @@ __all__ = [
     "crd_init",
     "dense_projector",
     "dist",
+    "dist_plus",
     "divergence",
     "dkd",
+    "drop_layers",
     "ema",
     "factor_transfer",
     "fsp",
@@ -125,6 +131,8 @@ __all__ = [
     "sequence_kd",
     "similarity_preserving",
     "sites",
+    "skd_direction",
+    "skd_instance",
     "srd",
     "sskd",
     "top_k_kd",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxprune import _checks
-from jaxprune.distill._logits import kd
+from jaxprune.distill._logits import dist, kd, pearson
 from jaxprune.distill._reduce import (
     flat,
     normalized,
@@ -448,6 +448,50 @@ def srd(s: Pair, t: Pair, *, exponent: float = 1.0, temperature: float = 1.0) ->
     powers = jnp.where(size > 0, jnp.power(jnp.where(size > 0, size, 1.0), exponent), 0.0)
     soft = kd(s[1], t[1], temperature=temperature) / temperature**2
     return 2 * jnp.log(jnp.sum(powers)) + soft
+
+
+def dist_plus(
+    s: Pair,
+    t: Pair,
+    *,
+    temperature: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    channels: float = 1.0,
+    places: float = 1.0,
+    eps: float = 1e-8,
+) -> Float[Array, ""]:
+    """DIST+: `dist` of logits, and one minus Pearson's correlation of features, in two ways.
+
+    `dist + channels (1 - mean r over channels at each place) + places (1 - mean r over the batch of each
+    place's sum of channels)`.
+
+    Args:
+      s, t: `(features, logits)`; features (batch, height, width, channels) of one shape.
+      temperature, beta, gamma: of `jp.distill.dist`.
+      channels, places: weights of the relations of features.
+      eps: least norm.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: shapes that differ, a temperature not above 0.
+
+    Example:
+      >>> t = (jax.random.normal(jax.random.key(0), (4, 3, 3, 5)), jnp.eye(4))
+      >>> abs(round(float(jp.distill.dist_plus(t, t)), 4))
+      0.0
+
+    Reference: Huang et al., "DIST+: Knowledge Distillation From a Stronger Adaptive Teacher", 2025,
+    https://ieeexplore.ieee.org/document/10938241
+    """
+    same_shapes(s[0], t[0])
+    a, b = wide(s[0], t[0])
+    logits = dist(s[1], t[1], temperature=temperature, beta=beta, gamma=gamma, eps=eps)
+    of_channels = 1 - jnp.mean(pearson(a, b, -1, eps))
+    of_places = 1 - jnp.mean(pearson(jnp.sum(a, -1), jnp.sum(b, -1), 0, eps))
+    return logits + channels * of_channels + places * of_places
 
 
 def batch_normalized(x: Array, *, eps: float = 1e-4) -> Array:

@@ -221,15 +221,52 @@ def dist(
     """
     s, t = _ready(s, t, temperature, -1)
     p, q = (jax.nn.softmax(x / temperature, -1) for x in (s, t))
-    between = 1 - jnp.mean(_pearson(p, q, -1, eps))
-    within = 1 - jnp.mean(_pearson(p, q, 0, eps))
+    between = 1 - jnp.mean(pearson(p, q, -1, eps))
+    within = 1 - jnp.mean(pearson(p, q, 0, eps))
     return temperature**2 * (beta * between + gamma * within)
 
 
-def _pearson(a: Array, b: Array, axis: int, eps: float) -> Array:
+def pearson(a: Array, b: Array, axis: int, eps: float) -> Array:
+    """The correlation along an axis."""
     a, b = (x - jnp.mean(x, axis, keepdims=True) for x in (a, b))
     norms = [jnp.maximum(jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis), 1e-37)), eps) for x in (a, b)]
     return jnp.sum(a * b, axis) / (norms[0] * norms[1])
+
+
+def skd_instance(
+    s: Float[Array, "batch classes"],
+    t: Float[Array, "batch classes"],
+    *,
+    temperature: float = 4.0,
+    unsure: bool = False,
+) -> Float[Array, ""]:
+    """Streamlined distillation, examples: `mean KL(softmax(t / T), softmax(s / T))`.
+
+    Args:
+      s, t: logits.
+      temperature: T, above 0.
+      unsure: as the authors' program has it: times T², and examples of which the teacher is surer than of
+        the median one add nothing to the mean.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: shapes that differ, a temperature not above 0.
+
+    Example:
+      >>> s, t = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]])
+      >>> round(float(jp.distill.skd_instance(s, t, temperature=1.0)), 4)
+      0.4621
+
+    Reference: Jeong et al., "Streamlined Knowledge Distillation", 2026
+    """
+    s, t = _ready(s, t, temperature, -1)
+    values = _divergence(_log_softmax(t, temperature, -1), _log_softmax(s, temperature, -1), -1)
+    if not unsure:
+        return jnp.mean(values)
+    sure = jax.lax.stop_gradient(jnp.max(jax.nn.softmax(t, -1), -1))
+    return temperature**2 * jnp.mean(jnp.where(sure <= jnp.quantile(sure, 0.5), values, 0.0))
 
 
 def logit_std_kd(

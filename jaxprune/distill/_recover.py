@@ -15,7 +15,7 @@ from jaxprune.distill._objective import Seen, objective
 from jaxprune.optim import trainable
 
 
-def _outputs(s: Seen, t: Seen, batch: Any) -> jax.Array:
+def outputs_differ(s: Seen, t: Seen, batch: Any) -> jax.Array:
     """The squared difference of outputs, relative to the teacher's."""
     pairs = zip(jax.tree.leaves(s.out), jax.tree.leaves(t.out), strict=True)
     parts = [hint(a, b) / jnp.maximum(jnp.mean(jnp.square(b)), 1e-12) for a, b in pairs]
@@ -70,7 +70,7 @@ def recover(
       >>> bool(jnp.mean((fn(tuned, x) - fn(dense, x))**2) < jnp.mean((fn(pruned, x) - fn(dense, x))**2))
       True
     """
-    terms = {"outputs": (1.0, _outputs)} if terms is None else terms
+    terms = {"outputs": (1.0, outputs_differ)} if terms is None else terms
     whole = lambda batch: tuple(batch) if isinstance(batch, tuple | list) else (batch,)
     loss_fn = objective(
         student,

@@ -338,3 +338,47 @@ def info_nce(
     if normalize:
         s, t = normalized(s, -1), normalized(t, -1)
     return -jnp.mean(jnp.diagonal(jax.nn.log_softmax(s @ t.T / temperature, -1)))
+
+
+def skd_direction(
+    s: Float[Array, "batch classes"],
+    t: Float[Array, "batch classes"],
+    *,
+    ridge: float = 0.1,
+    scale: float = 1.0,
+) -> Float[Array, ""]:
+    """Streamlined distillation, directions: Mahalanobis distances of the examples' Gram matrices.
+
+    `mean_i sqrt(D_i' (cov(D) + ridge I)^-1 D_i)` with `D` the difference of the Gram matrices of logits
+    of unit norm.
+
+    Args:
+      s, t: logits.
+      ridge: added to the diagonal of the covariance, above 0.
+      scale: Gram matrices are divided by it: 1 in the paper, the number of classes in the authors'
+        program (which also multiplies the loss by about a half).
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: batches that differ, fewer than two examples, numbers not above 0.
+
+    Example:
+      >>> t = jax.random.normal(jax.random.key(0), (4, 3))
+      >>> float(jp.distill.skd_direction(2 * t, t))
+      0.0
+
+    Reference: Jeong et al., "Streamlined Knowledge Distillation", 2026
+    """
+    _checks.positive("ridge", ridge)
+    _checks.positive("scale", scale)
+    s, t = _rows(s, t)
+    if len(s) < 2:
+        raise ValueError(f"s: a batch of {len(s)}, expected at least two examples")
+    grams = [x @ x.T / scale for x in (normalized(y, 1) for y in (s, t))]
+    differences = grams[0] - grams[1]
+    spread = jnp.cov(differences, rowvar=False) + ridge * jnp.eye(len(s))
+    # |L^-1 d| with spread = L L'
+    half = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(spread), differences.T, lower=True)
+    return jnp.mean(safe_norm(half, 0))

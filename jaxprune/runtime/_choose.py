@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Thresholds] = {
         "levels": [(-1, "block_planes")],
         "codewords": [(-1, "block_planes")],
         "many codewords": [(16, "blocks"), (-1, "block_planes")],
-        "kept values": [(8, "blocks"), (-1, "block_planes")],
+        "kept values": [(8, "dense"), (-1, "block_planes")],
     },
     "other": {
         "integers": [(-1, "converted")],
@@ -65,6 +65,13 @@ _WHY = {
     "blocks": "made dense block by block in the cache, and a float product",
     "block_planes": "many rows: made dense block by block, and integer products of 8-bit planes",
     "dense": "the compiler fuses what makes it dense into the product",
+}
+
+
+_WHY_KEPT = {
+    "dense": "few rows: what is left of pruned weights is spread faster than it is rounded",
+    "blocks": "what is left of pruned weights is spread, and a float product",
+    "block_planes": "many rows: what is left is rounded to two 8-bit planes and spread, integer products",
 }
 
 
@@ -159,6 +166,8 @@ def lowering_for(w: Leaf, how: How, layout: Layout) -> tuple[str, str]:
         return "float8", "both operands in float8, one scale per row"
     rules = thresholds(backend)[kind]
     name = next(name for most, name in rules if layout.rows <= most or most < 0)
+    if kind == "kept values" and backend == "cpu":
+        return name, _WHY_KEPT[name]
     if name == "block_planes" and layout.depth > LONGEST:
         name = "blocks"
     numbers = (

@@ -22,7 +22,7 @@ _KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("groups", "blocks", "block_planes", "dense"),
     ),
     "other codes": ({"dtype": "nf4"}, ("blocks", "block_planes", "dense")),
-    "kept values": ({}, ("blocks", "block_planes", "dense")),
+    "kept values": ({}, ("block_planes", "dense")),
 }
 
 

@@ -158,7 +158,12 @@ class SparseArray:
         )
 
     def quantized(self, one: Callable[[Any, Any], Any], spec: Any) -> "SparseArray":
-        """The same with quantized values: what `quantize_tree` makes of it."""
+        """The same with quantized values: what `quantize_tree` makes of it.
+
+        A scale belongs to a channel of the dense array, so never to a place along the groups.
+        """
+        if spec.group_size is None and self.axis in (-1, -2) and self.ndim > 1:
+            spec = replace(spec, channel_axis=-3 - self.axis)
         return replace(self, values=one(_trees.dense(self.values), spec))
 
     def astype(self, dtype: Any) -> "SparseArray":

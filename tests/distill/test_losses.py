@@ -215,6 +215,31 @@ def np_top(s, t, k=3):
     return total / 6
 
 
+def np_pearson(a, b, axis):
+    a, b = a - a.mean(axis, keepdims=True), b - b.mean(axis, keepdims=True)
+    return (a * b).sum(axis) / np.sqrt((a * a).sum(axis) * (b * b).sum(axis))
+
+
+def np_dist_plus(a, s, b, t):
+    return (
+        np_dist(s, t)
+        + 0.5 * (1 - np_pearson(a, b, -1).mean())
+        + 2 * (1 - np_pearson(a.sum(-1), b.sum(-1), 0).mean())
+    )
+
+
+def np_skd_unsure(s, t):
+    sure = softmax(t).max(1)
+    return 9 * np.where(sure <= np.median(sure), kl(softmax(t / 3), softmax(s / 3)), 0).mean()
+
+
+def np_skd_direction(s, t):
+    gram = lambda x: unit(x, 1) @ unit(x, 1).T
+    diff = gram(s) - gram(t)
+    spread = np.cov(diff, rowvar=False) + 0.1 * np.eye(len(s))
+    return np.sqrt(np.einsum("bi,ij,bj->b", diff, np.linalg.inv(spread), diff)).mean()
+
+
 VAR, LOG_VAR = np.abs(f(8)) + 0.1, f(6, 10)
 PAIRS = {
     "kd": (np_kd, lambda s, t: d.kd(s, t, temperature=3.0), S, T),
@@ -223,6 +248,18 @@ PAIRS = {
     ),
     "dkd": (np_dkd, lambda s, t: d.dkd(s, t, LABELS, alpha=0.7, beta=5.0, temperature=2.0), S, T),
     "dist": (np_dist, lambda s, t: d.dist(s, t, temperature=2.0), S, T),
+    "dist_plus": (
+        np_dist_plus,
+        lambda a, s, b, t: d.dist_plus((a, s), (b, t), temperature=2.0, channels=0.5, places=2.0),
+        A, S, B, T,
+    ),
+    "skd_instance": (
+        lambda s, t: kl(softmax(t / 4), softmax(s / 4)).mean(), d.skd_instance, S, T,
+    ),
+    "skd_instance, unsure": (
+        np_skd_unsure, lambda s, t: d.skd_instance(s, t, temperature=3.0, unsure=True), S, T,
+    ),
+    "skd_direction": (np_skd_direction, d.skd_direction, S, T),
     "logit_std_kd": (np_logit_std, lambda s, t: d.logit_std_kd(s, t, temperature=2.0), S, T),
     "reverse": (lambda s, t: kl(softmax(s), softmax(t)).mean(), d.divergence, S, T),
     "jensen_shannon": (
@@ -311,7 +348,7 @@ def test_bfloat16_and_large_values(name):
         assert bool(jnp.isfinite(loss(*far)))
 
 
-ODD = ("kd_with_labels", "vid", "pad", "srd", "fsp", "ranking", "info_nce")
+ODD = ("kd_with_labels", "dist_plus", "vid", "pad", "srd", "fsp", "ranking", "info_nce")
 SAME = [name for name in PAIRS if name not in ODD]
 
 

@@ -213,6 +213,43 @@ def test_recover(how):
         assert all(jax.tree.leaves(kept))
 
 
+def test_layers_drop_one_by_one():
+    def fn(p, x):
+        for i in range(4):
+            x = x + jax.nn.relu(x @ p[f"up{i}"] + p[f"b{i}"]) @ p[f"down{i}"]
+        return x @ p["out"]
+
+    params = {"out": normal(6, 3, seed=9)}
+    for i in range(4):
+        params |= {f"up{i}": normal(6, 12, seed=i) / 3, f"b{i}": jnp.zeros(12)}
+        params |= {f"down{i}": normal(12, 6, seed=10 + i) / 6}
+    x = normal(64, 6, seed=4)
+    rounds = []
+
+    def data():
+        rounds.append(1)
+        return [x] * 40
+
+    small, left = jp.distill.drop_layers(
+        fn, params, data, optax.adam(3e-3), count=2, match={f"l{i}": f"down{i}" for i in range(4)}
+    )
+    assert len(rounds) == 4  # a first batch and an epoch in each of two stages
+    assert sum(leaf.size > 0 for leaf in jax.tree.leaves(left)) == 7
+    error = lambda y: float(jnp.mean((y - fn(params, x)) ** 2))
+    graph = jp.trace(fn, params, x)
+    scores = jp.structure.layer_scores(graph, params, x)
+    masks = jp.structure.layer_masks(graph, scores, count=2)
+    assert error(small(left, x)) < 0.5 * error(fn(jp.apply_masks(params, masks), x))
+    with pytest.raises(ValueError, match="at most one for each"):
+        jp.distill.drop_layers(fn, params, data, optax.sgd(0.1), count=1, stages=2)
+    with pytest.raises(ValueError, match="down0"):
+        jp.distill.drop_layers(
+            fn, params, data, optax.sgd(0.1), count=1, stages=1, match={"a": "down"}
+        )
+    with pytest.raises(ValueError, match="in each stage"):
+        jp.distill.drop_layers(fn, params, list, optax.sgd(0.1), count=1, stages=1)
+
+
 def test_precompute_keeps_outputs(tmp_path):
     fn = lambda p, x: x @ p
     data = [normal(4, 3, seed=i) for i in range(3)]

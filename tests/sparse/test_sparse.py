@@ -95,7 +95,10 @@ def test_products(layout, kind):
         wanted = np.asarray(fn(dense, x), np.float64)
         error = np.abs(wanted - np.asarray(found, np.float64)).max() / np.abs(wanted).max()
         assert error < (2e-2 if kind == "bfloat16" else 5e-4)
-        assert run.choices[0].lowering != "dense"
+        # scales that belong to places along the groups have no codes to multiply
+        codes = kind in ("int8", "int4") and layout != "heads"
+        few = not codes and rows == 1
+        assert (run.choices[0].lowering == "dense") == few
 
 
 @pytest.mark.parametrize(
