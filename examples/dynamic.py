@@ -5,11 +5,11 @@
     python examples/dynamic.py
 
 The five steps of dynamic pruning: train the network; design gates (`jp.linen.GatedConv`); train both
-together towards a budget of multiply-adds, with top-k gates, gates pushed by L1, hard-concrete gates with
-an expected L0, or a policy trained by REINFORCE; run with pruning; fine-tune (here the last epochs of
-joint training, with gates that no longer move). Channels removed for good, to the same budget and
-after the same fine-tuning, stand beside. Prints accuracy, mean multiply-adds and latency; draws
-accuracy against multiply-adds, and what the gates do.
+together, taught by the dense network, towards a budget of multiply-adds, with top-k gates, gates pushed
+by L1, hard-concrete gates with an expected L0, or a policy trained by REINFORCE; run with pruning;
+fine-tune (here the last epochs of joint training, with gates that no longer move). Channels removed for
+good, to the same budget and after the same fine-tuning, stand beside. Prints accuracy, mean
+multiply-adds and latency; draws accuracy against multiply-adds, and what the gates do.
 """
 
 import argparse
@@ -94,6 +94,14 @@ class CNN(nn.Module):
             x = nn.relu(x)
         return self.head(jp.gates.scattered(x, index, self.widths[-1]).reshape(1, -1))
 
+    def bucketed(self, x):
+        """One image, gates that open any number: a bucket that holds the open channels is computed."""
+        x, opened = nn.relu(self.stem(x)), None
+        for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
+            x, opened = layer.bucketed(x, opened)
+            x = nn.relu(x)
+        return self.head(x.reshape(1, -1))
+
 
 def gated_params(module, dense, key):
     """The trained network's parameters, with those of its new gates."""
@@ -126,18 +134,22 @@ def macs_of():
 
 
 def loss_of(module, costs, overhead, budget, weight):
-    """Joint training: the task, and what is above the budget; a policy gets it as its reward."""
+    """Joint training: the task, taught by the dense network, and what is above the budget.
+
+    A policy gets its task and its cost as its reward.
+    """
     total = sum(costs.values())
     hard = optax.softmax_cross_entropy_with_integer_labels
 
     def spent(gates):
         return jp.gates.example_costs(gates, costs, inputs=READS) + overhead / total
 
-    def loss(params, x, y, step, key):
+    def loss(params, x, y, soft, step, key):
+        out, gates, logits = forward(module, params, x, None if module.method is None else key)
+        taught = 0.0 if soft is None else 2 * jp.distill.dist(out, soft)
+        task = hard(out, y) + taught
         if module.method is None:
-            return hard(forward(module, params, x)[0], y).mean()
-        out, gates, logits = forward(module, params, x, key)
-        task = hard(out, y)
+            return task.mean()
         if module.method == "top_k":  # the budget is k
             return task.mean() + 1e-4 * jp.gates.l1(jnp.concatenate([*gates.values()], -1))
         if module.method == "bernoulli":
@@ -145,7 +157,7 @@ def loss_of(module, costs, overhead, budget, weight):
             best, likely, _ = forward(module, params, x)
             price = weight(step) * (jnp.mean(spent(likely)) > budget)
             reward = lambda task, gates: -task - price * spent(gates)
-            advantage = reward(task, gates) - reward(hard(best, y), likely)
+            advantage = reward(hard(out, y), gates) - reward(hard(best, y), likely)
             policy = jp.gates.reinforce(
                 jnp.concatenate([*logits.values()], -1),
                 jnp.concatenate([*gates.values()], -1),
@@ -171,16 +183,16 @@ def parts(params):
 
 
 def fit(module, params, data, epochs, rate, seed, name, loss):
-    """A stock loop: Adam under a cosine schedule."""
-    images, labels = data
+    """A stock loop: Adam under a cosine schedule; `data` with a teacher's logits if there is one."""
+    images, labels, *teacher = data
     steps = epochs * (len(labels) // BATCH)
     adam = lambda rate: optax.adam(optax.cosine_decay_schedule(rate, steps))
     tx = optax.multi_transform({"weights": adam(rate), "gates": adam(GATE_RATE)}, parts)
 
     @jax.jit
-    def step(params, state, number, x, y):
+    def step(params, state, number, x, y, soft):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        updates, state = tx.update(jax.grad(loss)(params, x, y, number, key), state, params)
+        updates, state = tx.update(jax.grad(loss)(params, x, y, soft, number, key), state, params)
         return optax.apply_updates(params, updates), state
 
     state, rng = tx.init(params), np.random.default_rng(seed)
@@ -188,7 +200,8 @@ def fit(module, params, data, epochs, rate, seed, name, loss):
         [rng.permutation(len(labels))[: len(labels) // BATCH * BATCH] for _ in range(epochs)]
     )
     for number, index in enumerate(track(order.reshape(steps, BATCH), description=f"{name:<24}")):
-        params, state = step(params, state, number, images[index], labels[index])
+        soft = teacher[0][index] if teacher else None
+        params, state = step(params, state, number, images[index], labels[index], soft)
     return params
 
 
@@ -213,6 +226,12 @@ def look(module, params, data, costs, overhead):
         found["gates"], labels=labels, costs=costs, inputs=READS, difficulty=found["loss"]
     )
     return right, float(seen.costs.mean()) + overhead / sum(costs.values()), seen
+
+
+def logits_of(module, params, images):
+    """Logits of all images."""
+    run = jax.jit(lambda x: module.apply({"params": params}, x))
+    return np.concatenate([run(images[i : i + 500]) for i in range(0, len(images), 500)])
 
 
 def static(dense, data, budget, epochs, seed, name):
@@ -248,17 +267,16 @@ def k_for(budget, costs, overhead):
     return float(shares[np.searchsorted(spent, budget) - 1])
 
 
-def compare(arguments, train, test):
+def compare(arguments, train, test, seeds):
     """All methods at all budgets: `{method: {factor: [(accuracy, share of macs)]}}`, and last
     networks.
     """
     costs, overhead = macs_of()
-    total = sum(costs.values())
     steps = arguments.epochs * (len(train[1]) // BATCH)
     warm = jp.schedules.linear(1.0, end=max(steps // 2, 1))
     found: dict[str, Any] = {"dense": {1.0: []}}
     last: dict[str, Any] = {}
-    for seed in range(arguments.seeds):
+    for seed in seeds:
         plain = CNN()
         params = plain.init(jax.random.key(seed), train[0][:1])["params"]
         loss = loss_of(plain, costs, 0.0, 1.0, warm)
@@ -267,9 +285,11 @@ def compare(arguments, train, test):
         right = look(plain, tuned, test, costs, 0.0)[0]
         found["dense"][1.0].append((right, 1.0))
         last["dense"] = plain, tuned
+        taught = (*train, logits_of(plain, tuned, train[0]))
+        print(f"seed {seed} dense: {right:.4f}", flush=True)
         for factor in arguments.factors if seed == 0 else [arguments.factors[0]]:
             name = f"{factor:g}x, static"
-            module, params, share = static(dense, train, 1 / factor, arguments.epochs, seed, name)
+            module, params, share = static(dense, taught, 1 / factor, arguments.epochs, seed, name)
             right = look(module, params, test, costs, 0.0)[0]
             found.setdefault("static", {}).setdefault(factor, []).append((right, share))
             last["static", factor] = module, params, None
@@ -281,7 +301,7 @@ def compare(arguments, train, test):
                 params = fit(
                     module,
                     params,
-                    train,
+                    taught,
                     arguments.epochs,
                     1e-3,
                     seed,
@@ -293,7 +313,6 @@ def compare(arguments, train, test):
                 last[label, factor] = module, params, seen
                 print(f"seed {seed} {factor:g}x {label}: {right:.4f} {share:.4f}", flush=True)
             print(f"seed {seed} {factor:g}x static: {found['static'][factor][-1]}", flush=True)
-    print(found["dense"], total)
     return found, last
 
 
@@ -333,8 +352,9 @@ def show(found, last, test, main_factor):
             right, share = np.mean(runs, 0)
             module, params = last["dense"] if name == "dense" else last[name, factor][:2]
             run = lambda p, x, m=module: m.apply({"params": p}, x)
-            skip = lambda p, x, m=module: m.apply({"params": p}, x, method="skip")
-            first = seconds(skip if name == "top-k" else run, params, one)
+            how = {None: "__call__", "top_k": "skip"}.get(module.method, "bucketed")
+            one_by_one = lambda p, x, m=module, how=how: m.apply({"params": p}, x, method=how)
+            first = seconds(one_by_one, params, one)
             time[name] = first, seconds(run, params, many)
             spread = (
                 ""
@@ -368,7 +388,7 @@ def main():
     arguments = parser.parse_args()
     train, test = load(arguments.data)
     train = tuple(array[: arguments.images] for array in train)
-    found, last = compare(arguments, train, test)
+    found, last = compare(arguments, train, test, range(arguments.seeds))
     show(found, last, test, arguments.factors[0])
     arguments.pictures.mkdir(parents=True, exist_ok=True)
     plot(arguments.pictures / "dynamic.png", found)

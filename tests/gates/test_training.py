@@ -152,7 +152,13 @@ def test_nnx_early_exit():
         jp.nnx.EarlyExit(stages, [8, 8], rngs=rngs)
 
 
-@pytest.mark.parametrize("method", ["top_k", "straight_through", "hard_concrete", "bernoulli"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "straight_through",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("top_k", "hard_concrete", "bernoulli")),
+    ],
+)
 def test_linen_and_nnx_layers_in_buckets(method):
     x = normal(1, 6, 6, 4)
     conv = jp.linen.GatedConv(10, (3, 3), method=method, k=3)

@@ -72,7 +72,14 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["float", "int8", "int4", "asymmetric", "bfloat16"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "float",
+        "int8",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("int4", "asymmetric", "bfloat16")),
+    ],
+)
 def test_products(layout, kind):
     shape, equation, axis = LAYOUTS[layout]
     params, _ = pruned(shape, 2, 4, axis)
