@@ -102,8 +102,7 @@ def fit(module, variables, data, epochs, rate, name, teacher=None):
             logits, updated = module.apply(full, x, train=True, mutable=["batch_stats"])
             value = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
             if teacher is not None:
-                targets = jax.nn.softmax(s / 4)
-                value = 0.1 * value + 14.4 * optax.softmax_cross_entropy(logits / 4, targets).mean()
+                value = 0.1 * value + 0.9 * jp.distill.kd(logits, s, temperature=4.0)
             return value, updated
 
         grads, updated = jax.grad(loss, has_aux=True)(variables["params"])

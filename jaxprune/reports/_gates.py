@@ -78,7 +78,7 @@ def _rates(axes: "Axes", seen: Inspection, classes: Any) -> None:
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("gates, sorted (share of the layer)")
     axes.set_ylabel("share of examples that open it")
-    axes.set_title("rates")
+    axes.set_title("rates", fontsize=10)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
 
@@ -102,7 +102,7 @@ def _classes(axes: "Axes", seen: Inspection, classes: Any) -> None:
     axes.set_xticks(middles, [_short(n) for n in names], fontsize=7, rotation=20)
     labels = list(range(len(table))) if classes is None else list(classes)
     axes.set_yticks(range(len(table)), [str(x) for x in labels], fontsize=7)
-    axes.set_title("rate by class, minus the mean")
+    axes.set_title("rate by class, minus the mean", fontsize=10)
     axes.figure.colorbar(image, ax=axes, fraction=0.05)
 
 
@@ -123,12 +123,14 @@ def _difficulty(axes: "Axes", seen: Inspection, classes: Any) -> None:
     low, middle, high = np.array([np.percentile(seen.costs[part], (25, 50, 75)) for part in bins]).T
     rank = np.arange(len(place))
     axes.fill_between(rank, 100 * low, 100 * high, alpha=0.25, label="middle half")
-    axes.plot(rank, 100 * middle, "o-", ms=4, label="median")
+    axes.plot(
+        rank, 100 * middle, "o-", ms=4, label=f"median (rank correlation {seen.correlation:+.2f})"
+    )
     shown = rank[:: max(len(rank) // 5, 1)]
     axes.set_xticks(shown, [f"{place[i]:.2g}" for i in shown])
     axes.set_xlabel("difficulty (bins of equal size; label: median)")
     axes.set_ylabel("cost in % of all gates open")
-    axes.set_title(f"cost against difficulty (rank correlation {seen.correlation:+.2f})")
+    axes.set_title("cost against difficulty", fontsize=10)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
 
