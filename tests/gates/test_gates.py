@@ -264,10 +264,14 @@ def test_buckets_and_early_exit():
     "name",
     [
         "mlp",
-        "flatten_cnn",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("squeeze_excite", "grouped_query_attention", "glu_and_split")
+            for name in (
+                "flatten_cnn",
+                "squeeze_excite",
+                "grouped_query_attention",
+                "glu_and_split",
+            )
         ),
     ],
 )

@@ -174,6 +174,7 @@ def test_linen_and_nnx_layers_in_buckets(method):
     np.testing.assert_allclose(few, own(flat, deterministic=True), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_policies_get_actions_and_logits_from_the_modules():
     conv = jp.linen.GatedConv(8, (3, 3), method="bernoulli")
     x = normal(5, 6, 6, 3)

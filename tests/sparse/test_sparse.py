@@ -71,7 +71,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=[] if name in ("k,n", "n,k", "ragged") else pytest.mark.slow)
+        for name in LAYOUTS
+    ],
+)
 @pytest.mark.parametrize(
     "kind",
     [
