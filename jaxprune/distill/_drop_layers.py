@@ -9,8 +9,7 @@ import numpy as np
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Params
-from jaxprune.distill._features import hint
-from jaxprune.distill._recover import outputs_differ, recover
+from jaxprune.distill._recover import as_inputs, outputs_differ, recover, relative_hint
 from jaxprune.graph import trace
 from jaxprune.structure import compact, layer_masks, layer_scores
 
@@ -83,7 +82,7 @@ def drop_layers(
         first = next(iter(batches()), None)
         if first is None:
             raise ValueError("batches: expected at least one in each stage, got none")
-        first = tuple(first) if isinstance(first, tuple | list) else (first,)
+        first = as_inputs(first)
         graph = trace(student, own, *first)
         scores = layer_scores(graph, own, *first, by=by, loss=loss, pattern=pattern)
         masks = layer_masks(graph, scores, count=left, pattern=pattern)
@@ -100,7 +99,5 @@ def drop_layers(
 
 
 def _matching(name: str) -> Callable[..., jax.Array]:
-    """The difference of a captured value, relative to the teacher's."""
-    return lambda s, t, batch: (
-        hint(s.at[name], t.at[name]) / jnp.maximum(jnp.mean(jnp.square(t.at[name])), 1e-12)
-    )
+    """The difference of a captured value."""
+    return lambda s, t, batch: relative_hint(s.at[name], t.at[name])

@@ -18,8 +18,17 @@ from jaxprune.optim import trainable
 def outputs_differ(s: Seen, t: Seen, batch: Any) -> jax.Array:
     """The squared difference of outputs, relative to the teacher's."""
     pairs = zip(jax.tree.leaves(s.out), jax.tree.leaves(t.out), strict=True)
-    parts = [hint(a, b) / jnp.maximum(jnp.mean(jnp.square(b)), 1e-12) for a, b in pairs]
-    return jnp.mean(jnp.stack(parts))
+    return jnp.mean(jnp.stack([relative_hint(a, b) for a, b in pairs]))
+
+
+def relative_hint(s: jax.Array, t: jax.Array) -> jax.Array:
+    """The squared difference, relative to the teacher's mean square."""
+    return hint(s, t) / jnp.maximum(jnp.mean(jnp.square(t)), 1e-12)
+
+
+def as_inputs(batch: Any) -> tuple[Any, ...]:
+    """All of a batch, as arguments of a function."""
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
 def recover(
@@ -71,12 +80,11 @@ def recover(
       True
     """
     terms = {"outputs": (1.0, outputs_differ)} if terms is None else terms
-    whole = lambda batch: tuple(batch) if isinstance(batch, tuple | list) else (batch,)
     loss_fn = objective(
         student,
         teacher,
         terms,
-        inputs=whole if inputs is None else inputs,
+        inputs=as_inputs if inputs is None else inputs,
         student_at=student_at,
         teacher_at=teacher_at,
     )

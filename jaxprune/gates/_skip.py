@@ -292,11 +292,8 @@ def _bucketed(
     if x.shape[0] != 1:
         raise ValueError(f"x: one example at a time, got a batch of {x.shape[0]}")
     # open channels first, each side in its own order: any bucket that holds them is a prefix
-    outs, ins = (
-        None if g is None else jnp.argsort(g == 0, stable=True).astype(jnp.int32)
-        for g in (gates, inputs)
-    )
-    assert outs is not None
+    order = lambda g: jnp.argsort(g == 0, stable=True).astype(jnp.int32)
+    outs, ins = order(gates), None if inputs is None else order(inputs)
     size = gates.shape[0]
 
     def of_outputs(k: int) -> Callable[..., Array]:
@@ -321,7 +318,7 @@ def _sizes(buckets: Buckets, n: int) -> list[int]:
     found = [kept(b, n) for b in buckets]
     if not found or found[-1] != n:
         raise ValueError(f"buckets: the last must hold all {n} channels, got {list(buckets)}")
-    return sorted(set(found)) if found == sorted(found) else found
+    return list(dict.fromkeys(found))
 
 
 def maybe(gate: Any, block: Callable[..., Array], x: Array, *args: Any) -> Array:

@@ -166,10 +166,10 @@ def lowering_for(w: Leaf, how: How, layout: Layout) -> tuple[str, str]:
         return "float8", "both operands in float8, one scale per row"
     rules = thresholds(backend)[kind]
     name = next(name for most, name in rules if layout.rows <= most or most < 0)
-    if kind == "kept values" and backend == "cpu":
-        return name, _WHY_KEPT[name]
     if name == "block_planes" and layout.depth > LONGEST:
         name = "blocks"
+    if kind == "kept values" and backend == "cpu":
+        return name, _WHY_KEPT[name]
     numbers = (
         codes and w.spec.format != "nf4" and not isinstance(_lowerings.separated(w, layout), str)
     )

@@ -79,10 +79,15 @@ class Codes(NamedTuple):
         if bound is None:
             levels = jnp.array(NF4_LEVELS).reshape(-1, *(1 for _ in self.codes.shape))
             return Words(self.codes.astype(jnp.uint8), levels).planes(None)
-        values = self.values() * (127.0 / bound)
-        first = jnp.round(values)
-        second = jnp.round((values - first) * STEPS)
-        return first.astype(jnp.int8), second.astype(jnp.int8)
+        return _in_two(self.values(), bound)
+
+
+def _in_two(values: Array, bound: Array) -> tuple[Array, Array]:
+    """Values in units of `bound / 127`: whole numbers, and what is left in units of 1 / STEPS."""
+    values = values * (127.0 / bound)
+    first = jnp.round(values)
+    second = jnp.round((values - first) * STEPS)
+    return first.astype(jnp.int8), second.astype(jnp.int8)
 
 
 class Kept(NamedTuple):
@@ -105,21 +110,9 @@ class Kept(NamedTuple):
         What is stored is rounded before it is spread: there is less of it, and bytes move faster.
         """
         assert bound is not None
-        if self._is_shared(bound):
-            values = dense(self.array.values).astype(jnp.float32) * (127.0 / bound)
-            first = jnp.round(values)
-            second = jnp.round((values - first) * STEPS)
-            pair = first.astype(jnp.int8), second.astype(jnp.int8)
-            first, second = all_settled(pair, bound)
-            return self.array.spread(first), self.array.spread(second)
-        values = self.values() * (127.0 / bound)
-        first = jnp.round(values)
-        second = jnp.round((values - first) * STEPS)
-        return first.astype(jnp.int8), second.astype(jnp.int8)
-
-    def _is_shared(self, bound: Array) -> bool:
-        """Whether a bound is the same along the axis of the groups."""
-        return bound.shape[self.array.axis] == 1
+        values = dense(self.array.values).astype(jnp.float32)
+        first, second = all_settled(_in_two(values, bound), bound)
+        return self.array.spread(first), self.array.spread(second)
 
 
 Part = Words | Codes | Kept
