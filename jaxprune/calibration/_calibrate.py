@@ -12,7 +12,7 @@ from rich.progress import track
 from jaxprune import _trees
 from jaxprune._types import Params, PyTree, Where
 from jaxprune.calibration._stats import Stats, empty, finished, merged, sums
-from jaxprune.graph import (
+from jaxprune.program import (
     Follower,
     Found,
     Held,

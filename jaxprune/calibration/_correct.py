@@ -9,7 +9,7 @@ import numpy as np
 from jaxprune import _trees
 from jaxprune._types import Params, PyTree
 from jaxprune.calibration._calibrate import stats_leaves
-from jaxprune.graph import biases_of, trace_program
+from jaxprune.program import biases_of, trace_program
 from jaxprune.quantize import ActivationQuantized
 
 

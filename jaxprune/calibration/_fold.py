@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxprune import _trees
 from jaxprune._types import Params
 from jaxprune.calibration._products import products_of
-from jaxprune.graph import Program, norms_of, trace_program
+from jaxprune.program import Program, norms_of, trace_program
 
 
 def fold_batch_norm(fn: Callable[..., Any], params: Params, *args: Any, **kwargs: Any) -> Params:

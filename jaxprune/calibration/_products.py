@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxprune import _trees
 from jaxprune._types import Params
-from jaxprune.graph import Follower, Found, Held, Program, Use, trace_program
+from jaxprune.program import Follower, Found, Held, Program, Use, trace_program
 from jaxprune.quantize import Spec
 
 

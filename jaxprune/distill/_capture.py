@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxprune import _trees
 from jaxprune._types import Params
-from jaxprune.graph import (
+from jaxprune.program import (
     Operation,
     Program,
     inputs_of,

@@ -11,7 +11,8 @@ from jaxprune import _trees
 from jaxprune._types import Params
 from jaxprune.gates._layers import METHODS, gate_logits, gate_params, kept, opened
 from jaxprune.gates._skip import open_channels
-from jaxprune.graph import Graph, Group, Operation, inputs_of, observe, run_operation, trace
+from jaxprune.graph import Graph, Group, trace
+from jaxprune.program import Operation, inputs_of, observe, run_operation
 
 _PRODUCTS = ("dot_general", "conv_general_dilated")
 

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from jaxprune.graph._axes import Axes
 from jaxprune.graph._elementwise import UNARY
-from jaxprune.graph._nested import inside, split_scan
-from jaxprune.graph._program import Operation, Program
+from jaxprune.graph._nested import inside
+from jaxprune.program import Operation, Program, split_scan
 
 _FREE = frozenset(
     [

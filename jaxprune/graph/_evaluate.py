@@ -12,15 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph._axes import Axes
-from jaxprune.graph._nested import RUN, Inner, inside
-from jaxprune.graph._program import Operation, Program
+from jaxprune.graph._nested import Inner, inside
 from jaxprune.graph._vanish import Work, all_work
+from jaxprune.program import RUN, Operation, Program, run_operation
 
 Kept = tuple[np.ndarray, ...]  # per axis the indices that are left
-
-
-Hook = Callable[[Operation, list[Any]], list[Any]]
-"""`(operation, operands) -> results`; `run_operation` is what happens without one."""
 
 
 class Plan(NamedTuple):
@@ -55,15 +51,6 @@ def plan_of(
 def evaluate(plan: Plan, inputs: list[Any]) -> list[Any]:
     """The program's outputs, from arguments of which the parameters have their small size."""
     return _evaluate(plan.program, plan.work, plan.kept, plan.bodies, (), inputs)
-
-
-def observe(program: Program, inputs: list[Any], hook: Hook) -> list[Any]:
-    """Runs a program at full size, each operation by `hook`."""
-    values = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
-    for operation in program.operations:
-        outs = hook(operation, [values[i] for i in operation.ins])
-        values.update(zip(operation.outs, outs, strict=True))
-    return [values[i] for i in program.outputs]
 
 
 def _evaluate(
@@ -158,17 +145,6 @@ def _apply(
     return (
         [_cut(x, k) for x, k in zip(outs, after, strict=True)] if less_out and not less_in else outs
     )
-
-
-def run_operation(operation: Operation, operands: list[Any]) -> list[Any]:
-    """An operation as it was traced."""
-    if operation.is_relu:
-        return [jax.nn.relu(operands[0])]
-    # some JAX versions return functions apart
-    bound = operation.primitive.get_bind_params(operation.params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    result = operation.primitive.bind(*functions, *operands, **params)
-    return list(result) if operation.primitive.multiple_results else [result]
 
 
 def _sizes(kept: Kept) -> tuple[int, ...]:

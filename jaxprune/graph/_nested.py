@@ -1,7 +1,7 @@
 """Operations that hold programs: loops, branches, mapped shards, functions with gradients of their own.
 
-Each has a rule that walks the inner programs with the ids of its operands, and a way to run them again
-with other inner programs (`RUN`). What a loop carries keeps its axes: ids out equal ids in. Whether a
+Each has a rule that walks the inner programs with the ids of its operands. What a loop carries keeps its
+axes: ids out equal ids in. Whether a
 carried value is zero when masked is assumed and then checked, until it holds for every turn. A scan over
 stacked layers may lose a turn where that turn, masked, hands on its carry unchanged.
 """
@@ -10,17 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
 
 from jaxprune.graph._axes import Axes, joined, no_rule, passed_or_frozen
-from jaxprune.graph._program import Operation, Program, open_program
 from jaxprune.graph._units import FROZEN, Facts
 from jaxprune.graph._vanish import same_values
+from jaxprune.program import Operation, Program, open_program, split_scan
 
 Walk = Callable[[Program, list[Axes], Facts], tuple[Axes, ...]]
-Turn = Callable[..., list[Any]]
 
 
 class Inner(NamedTuple):
@@ -48,14 +45,6 @@ def _enter(walk: Walk, facts: Facts, which: int, program: Program, ins: list[Axe
     facts.bodies[facts.place] = inner
     facts.place = place
     return inner
-
-
-def split_scan(params: dict[str, Any]) -> tuple[int, int]:
-    """How many operands every turn reads, and how many it carries; in any supported JAX version."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry = params["ft_in"].unpack()[:2]
-    return len(consts.vals), len(carry.vals)
 
 
 def _carried(facts: Facts, start: Axes) -> Axes:
@@ -241,116 +230,9 @@ RULES: dict[str, Callable[[Walk], Callable[..., list[Axes]]]] = {
 """Rules, given the walk over a program."""
 
 
-def _run_scan(params: dict[str, Any], turns: list[Turn], operands: list[Any]) -> list[Any]:
-    n_consts, n_carry = split_scan(params)
-    first = n_consts + n_carry
-    consts, start, slices = operands[:n_consts], operands[n_consts:first], operands[first:]
-
-    def step(carry: Any, xs: Any) -> Any:
-        results = turns[0](*consts, *carry, *xs)
-        return results[:n_carry], results[n_carry:]
-
-    carry, stacked = jax.lax.scan(
-        step,
-        list(start),
-        list(slices),
-        length=jax.tree.leaves(slices)[0].shape[0] if slices else params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
-    )
-    return [*carry, *stacked]
-
-
-def _run_while(params: dict[str, Any], turns: list[Turn], operands: list[Any]) -> list[Any]:
-    a = params["cond_nconsts"]
-    b = a + params["body_nconsts"]
-    return jax.lax.while_loop(
-        lambda carry: turns[0](*operands[:a], *carry)[0],
-        lambda carry: turns[1](*operands[a:b], *carry),
-        list(operands[b:]),
-    )
-
-
-def _run_cond(params: dict[str, Any], turns: list[Turn], operands: list[Any]) -> list[Any]:
-    return jax.lax.switch(operands[0], turns, *operands[1:])
-
-
-def _run_shards(params: dict[str, Any], turns: list[Turn], operands: list[Any]) -> list[Any]:
-    mapped = jax.shard_map(
-        lambda *xs: tuple(turns[0](*xs)),
-        mesh=params["mesh"],
-        in_specs=tuple(params["in_specs"]),
-        out_specs=tuple(params["out_specs"]),
-        axis_names=params.get("newly_manual_axes", params.get("manual_axes")),
-        check_vma=params["check_vma"],
-    )
-    return list(mapped(*operands))
-
-
-RUN: dict[str, Callable[[dict[str, Any], list[Turn], list[Any]], list[Any]]] = {
-    "scan": _run_scan,
-    "while": _run_while,
-    "cond": _run_cond,
-    "shard_map": _run_shards,
-}
-"""The operation again, with other inner programs: `(params, inner programs, operands) -> results`."""
-
-
 def scanned_ids(operation: Operation, axes: tuple[Axes, ...]) -> np.ndarray | None:
     """The ids of the turns of a scan, where it runs over anything."""
     if operation.primitive.name != "scan":
         return None
     slices = operation.ins[sum(split_scan(operation.params)) :]
     return axes[slices[0]].ids[0] if slices else None
-
-
-def carries_of(operation: Operation, operands: list[Any]) -> jax.Array:
-    """The largest floating carry of a scan, before each turn and after the last: (turns + 1, ...)."""
-    n_consts, n_carry = split_scan(operation.params)
-    consts, first = operands[:n_consts], n_consts + n_carry
-    start, slices = list(operands[n_consts:first]), list(operands[first:])
-    floats = [i for i, x in enumerate(start) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)]
-    main = max(floats, key=lambda i: start[i].size)
-    turn = jaxpr_as_fun(operation.params["jaxpr"])
-
-    def step(carry: Any, xs: Any) -> Any:
-        return list(turn(*consts, *carry, *xs)[:n_carry]), carry[main]
-
-    last, before = jax.lax.scan(
-        step, start, slices, length=operation.params["length"], reverse=operation.params["reverse"]
-    )
-    if operation.params["reverse"]:
-        return jax.numpy.concatenate([last[main][None], before])
-    return jax.numpy.concatenate([before, last[main][None]])
-
-
-class NestedRun(NamedTuple):
-    """A loop or branch that may run with other inner programs.
-
-    Attributes:
-      jaxprs: its inner programs.
-      reads: whether every turn only reads an operand, given its position.
-      slices: whether every turn gets a slice of it.
-      run: `(params, inner programs as functions, operands) -> results`.
-    """
-
-    jaxprs: list[Any]
-    reads: Callable[[int], bool]
-    slices: Callable[[int], bool]
-    run: Callable[[dict[str, Any], list[Turn], list[Any]], list[Any]]
-
-
-def nested_run(operation: Operation) -> NestedRun | None:
-    """How to run an operation with other inner programs; `None` for one that has none."""
-    name, params = operation.primitive.name, operation.params
-    if name == "scan":
-        n_consts, n_carry = split_scan(params)
-        first = n_consts + n_carry
-        return NestedRun([params["jaxpr"]], lambda i: i < n_consts, lambda i: i >= first, _run_scan)
-    if name == "while":
-        read = params["cond_nconsts"] + params["body_nconsts"]
-        jaxprs = [params["cond_jaxpr"], params["body_jaxpr"]]
-        return NestedRun(jaxprs, lambda i: i < read, lambda i: False, _run_while)
-    if name == "cond":
-        return NestedRun(list(params["branches"]), lambda i: i > 0, lambda i: False, _run_cond)
-    return None

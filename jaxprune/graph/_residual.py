@@ -6,9 +6,9 @@ import numpy as np
 
 from jaxprune.graph._axes import Axes
 from jaxprune.graph._nested import scanned_ids
-from jaxprune.graph._program import Operation, Program
 from jaxprune.graph._trace import Graph, walk
 from jaxprune.graph._units import Facts
+from jaxprune.program import Operation, Program
 
 _VIEWS = frozenset(["convert_element_type", "reshape", "copy", "name", "optimization_barrier"])
 

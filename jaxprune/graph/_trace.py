@@ -16,10 +16,10 @@ from jaxprune.graph._cost import Cost, cost_of
 from jaxprune.graph._couple import RULES
 from jaxprune.graph._groups import Group, frozen_of, groups_of
 from jaxprune.graph._nested import RULES as NESTED
-from jaxprune.graph._program import Program, inputs_of, trace_program
 from jaxprune.graph._removal import Removal, dead_slices, removal_of
 from jaxprune.graph._units import Facts, Units
 from jaxprune.graph._vanish import Work, gone_leaves, needed_work
+from jaxprune.program import Program, inputs_of, trace_program
 
 
 @dataclass(frozen=True)

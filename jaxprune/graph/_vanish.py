@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from jaxprune.graph._axes import Axes
-from jaxprune.graph._program import Operation, Program
+from jaxprune.program import Operation, Program
 
 _COPIES = frozenset(
     [

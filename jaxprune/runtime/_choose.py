@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._types import CompressedArray
-from jaxprune.graph import Layout
+from jaxprune.program import Layout
 from jaxprune.quantize import DynamicInput, InputScale, QuantizedArray
 from jaxprune.runtime import _lowerings
 from jaxprune.runtime._activations import How

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from jaxprune import _checks, _trees
 from jaxprune._types import is_compressed
-from jaxprune.graph import (
+from jaxprune.program import (
     Follower,
     Found,
     Held,

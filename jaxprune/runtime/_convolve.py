@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph import Held, Operation, run_operation
+from jaxprune.program import Held, Operation, run_operation
 from jaxprune.quantize import DynamicInput, InputScale, QuantizedArray
 from jaxprune.runtime._activations import STEPS, How, Planes, in_planes, rounded, with_known_scale
 from jaxprune.runtime._choose import LONGEST, differentiated

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import _trees
-from jaxprune.graph import Held, Layout, Operation, run_operation
+from jaxprune.program import Held, Layout, Operation, run_operation
 from jaxprune.quantize import QuantizedArray
 from jaxprune.runtime._activations import How, rounded
 from jaxprune.runtime._choose import lowering_for, run

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxprune.graph import Layout
+from jaxprune.program import Layout
 from jaxprune.quantize import InputScale, Levels, QuantizedArray
 from jaxprune.runtime._activations import (
     STEPS,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxprune.graph import Layout
+from jaxprune.program import Layout
 from jaxprune.quantize import leading_block
 from jaxprune.runtime._readers import Part, Reader, leading, reader_of
 from jaxprune.sparse import SparseArray

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from rich.progress import track
 
-from jaxprune.graph import Layout
+from jaxprune.program import Layout
 from jaxprune.quantize import quantize_tree
 from jaxprune.runtime._choose import DEFAULTS, Thresholds, run, thresholds, tuning_file
 from jaxprune.sparse import SparseArray

@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params, PyTree
-from jaxprune.graph import Graph, Inputs, Reduced, inputs_of, reduced, removal_of, trace
+from jaxprune.graph import Graph, Reduced, reduced, removal_of, trace
 from jaxprune.graph import evaluate as run
+from jaxprune.program import Inputs, inputs_of
 from jaxprune.structure._fold import FOLDS, folded
 
 

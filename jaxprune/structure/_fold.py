@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph import Graph, Operation, Removal, observe, run_operation
+from jaxprune.graph import Graph, Removal
+from jaxprune.program import Operation, observe, run_operation
 
 FOLDS = ("constants", "mean")
 _PRODUCTS = ("dot_general", "conv_general_dilated")

@@ -9,15 +9,8 @@ import numpy as np
 
 from jaxprune import _checks
 from jaxprune._types import Params, PyTree, Scores
-from jaxprune.graph import (
-    Graph,
-    Operation,
-    carries_of,
-    inputs_of,
-    observe,
-    run_operation,
-    turns_of,
-)
+from jaxprune.graph import Graph, turns_of
+from jaxprune.program import Operation, carries_of, inputs_of, observe, run_operation
 from jaxprune.structure._layers import Layer, some_layers
 
 _MEASURES = ("influence", "angular", "loss", "magnitude")

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.graph._program import Operation, Program
+from jaxprune.program._program import Operation, Program
 
 _SAME = (
     "reshape",

@@ -27,7 +27,7 @@ _OPENED = {
 }
 
 
-_NOT_THE_USERS = ("/jax/", "/flax/", "/jaxprune/graph/")
+_NOT_THE_USERS = ("/jax/", "/flax/", "/jaxprune/program/", "/jaxprune/graph/")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph._follow import Held
-from jaxprune.graph._program import Operation
+from jaxprune.program._program import Operation
+from jaxprune.program._track import Held
 
 
 class Layout(NamedTuple):

@@ -15,9 +15,9 @@ import numpy as np
 
 from jaxprune import _trees
 from jaxprune._types import is_compressed
-from jaxprune.graph._evaluate import run_operation
-from jaxprune.graph._nested import NestedRun, nested_run
-from jaxprune.graph._program import Operation, Program, open_program
+from jaxprune.program._nested import NestedRun, nested_run
+from jaxprune.program._program import Operation, Program, open_program
+from jaxprune.program._run import run_operation
 
 _COPIES = (
     "optimization_barrier",
