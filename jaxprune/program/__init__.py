@@ -3,6 +3,18 @@
 from jaxprune.program._affine import Norm, biases_of, norms_of
 from jaxprune.program._layout import Layout, layout_of, restored, standard
 from jaxprune.program._nested import RUN, carries_of, nested_run, split_scan
+from jaxprune.program._primitives import (
+    PRIMITIVES,
+    Kind,
+    Primitive,
+    is_elementwise,
+    is_identity,
+    is_product,
+    is_view,
+    primitive,
+    root,
+    same_numbers,
+)
 from jaxprune.program._program import (
     Inputs,
     Operation,
