@@ -25,5 +25,6 @@ from jaxprune.program._program import (
 )
 from jaxprune.program._run import Hook, observe, run_operation
 from jaxprune.program._track import Follower, Found, Held, Use
+from jaxprune.program._uses import uses, uses_of_program
 
-__all__ = ["Operation", "Program"]
+__all__ = ["Operation", "Program", "uses"]
