@@ -21,5 +21,6 @@ from jaxprune.program._program import Operation, Program, trace_program
 from jaxprune.program._run import Executor, HookResult, Record, Step, run_operation
 from jaxprune.program._sizes import is_symbolic, sized
 from jaxprune.program._track import Tracked
+from jaxprune.program._uses import uses, uses_of_program
 
-__all__ = ["Operation", "Program"]
+__all__ = ["Operation", "Program", "uses"]
