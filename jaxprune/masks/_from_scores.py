@@ -25,6 +25,7 @@ def from_scores(
     *,
     scope: str = "global",
     pattern: AnyPattern | None = None,
+    min_keep: int = 0,
 ) -> Masks:
     """Masks that keep the entries with the largest scores: exactly `round((1 - s) * size)` of them.
 
@@ -48,6 +49,8 @@ def from_scores(
         and heads across leaves, with `scope="leaf"` for each group of them. With `NM(n, m)` the sparsity
         may be at most `1 - n / m`: there, every group keeps exactly `n`; below, further entries stay by
         score.
+      min_keep: entries (or units of the pattern) that each leaf keeps at least, with one count per
+        leaf: 1 never empties a leaf, as in jaxpruner.
 
     Returns:
       Tree of bool arrays with the structure of `scores`; True = keep.
@@ -55,7 +58,8 @@ def from_scores(
     Raises:
       ValueError: a sparsity outside [0, 1] or unreachable by the pattern, a NaN score (unless
         traced, where NaN counts as `-inf`), a pattern that does not fit a leaf, a budget tree of
-        another structure, or more than 2^31 - 1 entries under one threshold.
+        another structure, `min_keep` under one threshold for all leaves, or more than 2^31 - 1 entries
+        under one threshold.
       TypeError: a score that is no float array.
 
     Example:
@@ -65,8 +69,10 @@ def from_scores(
              [False,  True]], dtype=bool)}
     """
     _checks.choice("scope", scope, ("global", "leaf"))
+    _checks.positive_int("min_keep", min_keep, least=0)
     if isinstance(pattern, TreePattern):
-        return pattern.expand_tree(from_scores(pattern.pool_tree(scores), sparsity, scope=scope))
+        pooled = pattern.pool_tree(scores)
+        return pattern.expand_tree(from_scores(pooled, sparsity, scope=scope, min_keep=min_keep))
     paths, leaves, treedef = _trees.flatten(scores)
     chosen = [i for i, leaf in enumerate(leaves) if _trees.rank(leaf) > 0]
     for i in chosen:
@@ -79,10 +85,15 @@ def from_scores(
             pattern.check(paths[i], np.shape(leaves[i]))
     budget = _budget(sparsity, scores, paths, treedef, chosen)
     by_leaf = scope == "leaf" or isinstance(budget, list)
+    if min_keep and not by_leaf:
+        raise ValueError(
+            f"min_keep: {min_keep} per leaf takes a count per leaf; "
+            'use scope="leaf", or a tree of budgets'
+        )
     spread = _may_be_spread(leaves)
     arrays = [jnp.asarray(leaves[i]) for i in chosen]
     _no_nan([paths[i] for i in chosen], arrays)
-    found = _masks(arrays, budget, by_leaf, pattern, spread)
+    found = _masks(arrays, budget, by_leaf, pattern, spread, min_keep)
     masks: list[Any] = [jnp.array(True) for _ in leaves]
     for i, mask in zip(chosen, found, strict=True):
         masks[i] = mask
@@ -104,7 +115,12 @@ def _budget(
 
 
 def _masks(
-    scores: list[jax.Array], budget: Any, by_leaf: bool, pattern: Any, spread: bool
+    scores: list[jax.Array],
+    budget: Any,
+    by_leaf: bool,
+    pattern: Any,
+    spread: bool,
+    min_keep: int,
 ) -> Sequence[jax.Array]:
     if not scores:
         return []
@@ -120,7 +136,10 @@ def _masks(
     units = pattern is not None and not isinstance(pattern, NM)
     if units:
         scores = [_pool(pattern, score) for score in scores]
-    keep = _keep([score.size for score in scores], budget, by_leaf)
+    sizes = [score.size for score in scores]
+    keep = _keep(sizes, budget, by_leaf)
+    if min_keep:
+        keep = jnp.maximum(keep, jnp.minimum(min_keep, jnp.asarray(sizes)))
     masks = largest(scores, keep, by_leaf=by_leaf, spread=spread)
     if units:
         masks = [_expand(pattern, mask, shape) for mask, shape in zip(masks, shapes, strict=True)]

@@ -19,6 +19,7 @@ def prune_tree(
     scope: str = "global",
     pattern: Pattern | NM | None = None,
     where: Where = None,
+    min_keep: int = 0,
 ) -> tuple[Params, Masks]:
     """Prunes parameters once: the fraction `sparsity` of the selected weights becomes zero.
 
@@ -29,6 +30,7 @@ def prune_tree(
       scope: `"global"` or `"leaf"`, see `jp.masks.from_scores`.
       pattern: `None`, `Block`, `Channel` or `NM`.
       where: which leaves are pruned; by default floating leaves with two axes or more.
+      min_keep: weights that each leaf keeps at least, with `scope="leaf"` or a budget tree.
 
     Returns:
       `(pruned, masks)`.
@@ -46,5 +48,5 @@ def prune_tree(
     found = (scores or _trees.magnitudes)(params)
     if scores is None or where is not None:
         found = _trees.restrict(found, params, where)
-    masks = from_scores(found, sparsity, scope=scope, pattern=pattern)
+    masks = from_scores(found, sparsity, scope=scope, pattern=pattern, min_keep=min_keep)
     return apply_masks(params, masks), masks
