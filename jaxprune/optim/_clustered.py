@@ -32,7 +32,7 @@ class ClusteredState(NamedTuple):
     inner_state: optax.OptState
 
     @property
-    def count(self) -> Int[Array, ""]:
+    def count(self) -> Int[Array, ""]:  # ty: ignore[incompatible-property-override]
         """Updates so far."""
         return self.step
 

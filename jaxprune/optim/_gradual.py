@@ -32,7 +32,7 @@ class GradualState(NamedTuple):
     inner_state: optax.OptState
 
     @property
-    def count(self) -> Int[Array, ""]:
+    def count(self) -> Int[Array, ""]:  # ty: ignore[incompatible-property-override]
         """Updates so far."""
         return self.step
 
@@ -51,8 +51,9 @@ def gradual(
     """Prune while training: at each change of the schedule the lowest-scoring weights become zero.
 
     Weights that are zero stay zero, and the inner optimizer holds nothing of them; as with
-    `jp.masked_update`, nothing may follow this transform in a chain (`jp.optim.check`). Between two changes the masks are only read: scoring and
-    selection run under `lax.cond`, in the same compiled step.
+    `jp.masked_update`, nothing may follow this transform in a chain (`jp.optim.check`). Between two
+    changes the masks are only read: scoring and selection run under `lax.cond`, in the same compiled
+    step.
 
     Args:
       inner: any optax transform.
@@ -130,6 +131,11 @@ def gradual(
         else:
             masks = _trees.map_with_path(_all_true, params, shapes)
         check_maskable(params, masks)
+        if not any(m.ndim for m in jax.tree.leaves(masks)):
+            raise ValueError(
+                "where: selects no leaf, so gradual would prune nothing; name the leaves, such as "
+                "where='.*'. Behind optax.flatten wrap the other way: gradual(optax.flatten(inner), …)"
+            )
         return masks
 
     def update(

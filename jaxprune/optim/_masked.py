@@ -112,7 +112,9 @@ def masked_step(
     """A step of `inner` on what the masks leave, and the updates that make the rest zero."""
     weights = keep(params, masks)
     inner_state = reset_pruned(inner_state, inner.init(weights), masks, weights)
-    fast = isinstance(params, optax.LookaheadParams) and not isinstance(grads, optax.LookaheadParams)
+    fast = isinstance(params, optax.LookaheadParams) and not isinstance(
+        grads, optax.LookaheadParams
+    )
     kept_grads = keep(grads, masks.fast if fast else masks)
     updates, inner_state = inner.update(kept_grads, inner_state, weights, **extra)
     return _trees.map_with_path(_emitted, params, updates, masks), inner_state
@@ -120,9 +122,7 @@ def masked_step(
 
 def keep(tree: Params, masks: Masks) -> Params:
     """The tree with zeros where masked; leaves that hold no floats stay as they are."""
-    return _trees.map_with_path(
-        lambda _, x, m: masked(x, m) if takes_update(x) else x, tree, masks
-    )
+    return _trees.map_with_path(lambda _, x, m: masked(x, m) if takes_update(x) else x, tree, masks)
 
 
 def _emitted(_: str, param: Any, update: Any, mask: Any) -> Any:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _trees
 from jaxprune._types import Masks, Params, is_compressed
 
 
