@@ -27,6 +27,7 @@ def from_scores(
     scope: str = "global",
     pattern: AnyPattern | None = None,
     uses: Any = None,
+    min_keep: int = 0,
 ) -> Masks:
     """Masks that keep the entries with the largest scores: exactly `round((1 - s) * size)` of them.
 
@@ -54,6 +55,8 @@ def from_scores(
         among the scored leaves are pruned, patterns lie along the axes that uses name, and with
         `scope="leaf"` each layer of a stack counts as a leaf, as it would unstacked. Without, patterns
         that need an axis take it by convention.
+      min_keep: entries (or units of the pattern) that each leaf keeps at least, with one count per
+        leaf: 1 never empties a leaf, as in jaxpruner.
 
     Returns:
       Tree of bool arrays with the structure of `scores`; True = keep.
@@ -61,7 +64,8 @@ def from_scores(
     Raises:
       ValueError: a sparsity outside [0, 1] or unreachable by the pattern, a NaN score (unless
         traced, where NaN counts as `-inf`), a pattern that does not fit a leaf, a budget tree of
-        another structure, or more than 2^31 - 1 entries under one threshold.
+        another structure, `min_keep` under one threshold for all leaves, or more than 2^31 - 1 entries
+        under one threshold.
       TypeError: a score that is no float array.
 
     Example:
@@ -71,8 +75,10 @@ def from_scores(
              [False,  True]], dtype=bool)}
     """
     _checks.choice("scope", scope, ("global", "leaf"))
+    _checks.positive_int("min_keep", min_keep, least=0)
     if isinstance(pattern, TreePattern):
-        return pattern.expand_tree(from_scores(pattern.pool_tree(scores), sparsity, scope=scope))
+        pooled = pattern.pool_tree(scores)
+        return pattern.expand_tree(from_scores(pooled, sparsity, scope=scope, min_keep=min_keep))
     paths, leaves, treedef = _trees.flatten(scores)
     known = _trees.uses_of(scores, uses)
     chosen = [
@@ -89,11 +95,16 @@ def from_scores(
     patterns = [pattern_on(pattern, paths[i], np.shape(leaves[i]), known[i]) for i in chosen]
     budget = _budget(sparsity, scores, paths, treedef, chosen)
     by_leaf = scope == "leaf" or isinstance(budget, list)
+    if min_keep and not by_leaf:
+        raise ValueError(
+            f"min_keep: {min_keep} per leaf takes a count per leaf; "
+            'use scope="leaf", or a tree of budgets'
+        )
     spread = _may_be_spread(leaves)
     arrays = [jnp.asarray(leaves[i]) for i in chosen]
     _no_nan([paths[i] for i in chosen], arrays)
     stacks = [known[i] if uses is not None and by_leaf else None for i in chosen]
-    found = _masks(arrays, budget, by_leaf, patterns, stacks, spread)
+    found = _masks(arrays, budget, by_leaf, patterns, stacks, spread, min_keep)
     masks: list[Any] = [jnp.array(True) for _ in leaves]
     for i, mask in zip(chosen, found, strict=True):
         masks[i] = mask
@@ -121,6 +132,7 @@ def _masks(
     patterns: list[Any],
     stacks: list[Uses | None],
     spread: bool,
+    min_keep: int,
 ) -> Sequence[jax.Array]:
     if not scores:
         return []
@@ -141,7 +153,10 @@ def _masks(
     if isinstance(budget, list):
         budget = [s for s, count in zip(budget, counts, strict=True) for _ in range(count)]
     rows = [row for part in parts for row in part]
-    keep = _keep([row.size for row in rows], budget, by_leaf)
+    sizes = [row.size for row in rows]
+    keep = _keep(sizes, budget, by_leaf)
+    if min_keep:
+        keep = jnp.maximum(keep, jnp.minimum(min_keep, jnp.asarray(sizes)))
     found = iter(largest(rows, keep, by_leaf=by_leaf, spread=spread))
     masks = [
         _together([next(found) for _ in range(count)], score.shape, use)

@@ -20,6 +20,7 @@ def prune_tree(
     pattern: Pattern | NM | None = None,
     uses: Any = None,
     where: Where = None,
+    min_keep: int = 0,
 ) -> tuple[Params, Masks]:
     """Prunes parameters once: the fraction `sparsity` of the selected weights becomes zero.
 
@@ -33,6 +34,7 @@ def prune_tree(
         `jp.masks.from_scores`.
       where: which leaves are pruned; by default the weights: as `uses` says, else floating leaves with
         two axes or more that are no biases or norms by their names.
+      min_keep: weights that each leaf keeps at least, with `scope="leaf"` or a budget tree.
 
     Returns:
       `(pruned, masks)`.
@@ -50,5 +52,7 @@ def prune_tree(
     found = (scores or _trees.magnitudes)(params)
     if scores is None or where is not None:
         found = _trees.restrict(found, params, where, uses=uses)
-    masks = from_scores(found, sparsity, scope=scope, pattern=pattern, uses=uses)
+    masks = from_scores(
+        found, sparsity, scope=scope, pattern=pattern, uses=uses, min_keep=min_keep
+    )
     return apply_masks(params, masks), masks

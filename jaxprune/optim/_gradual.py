@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params, ScheduleFn, ScoreFn, Scores, Where
 from jaxprune.masks import AnyPattern, TreePattern, from_scores
+from jaxprune.optim._fit import check_maskable, is_empty
 from jaxprune.optim._masked import masked_step, required
 
 
@@ -18,16 +19,22 @@ class GradualState(NamedTuple):
     """State of `gradual`.
 
     Attributes:
-      count: int32 scalar, updates so far.
+      step: int32 scalar, updates so far; also `.count`. A field of that name would hide the inner
+        optimizer's from `optax.tree.get(state, "count")`.
       sparsity: float32 scalar, the sparsity of `masks`.
       masks: tree of bools like the parameters, in the parameter's shape where pruned.
       inner_state: state of the wrapped transform.
     """
 
-    count: Int[Array, ""]
+    step: Int[Array, ""]
     sparsity: Float[Array, ""]
     masks: Masks
     inner_state: optax.OptState
+
+    @property
+    def count(self) -> Int[Array, ""]:  # ty: ignore[incompatible-property-override]
+        """Updates so far."""
+        return self.step
 
 
 def gradual(
@@ -39,11 +46,14 @@ def gradual(
     pattern: AnyPattern | None = None,
     where: Where = None,
     every: int = 1,
+    min_keep: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes while training: at each change of the schedule the lowest-scoring weights become zero.
+    """Prune while training: at each change of the schedule the lowest-scoring weights become zero.
 
-    Weights that are zero stay zero. Between two changes the masks are only read: scoring and
-    selection run under `lax.cond`, in the same compiled step.
+    Weights that are zero stay zero, and the inner optimizer holds nothing of them; as with
+    `jp.masked_update`, nothing may follow this transform in a chain (`jp.optim.check`). Between two
+    changes the masks are only read: scoring and selection run under `lax.cond`, in the same compiled
+    step.
 
     Args:
       inner: any optax transform.
@@ -55,13 +65,15 @@ def gradual(
         which `jp.compact(fn, params, jp.optim.get_masks(state), *args)` makes the model smaller.
       where: which leaves are pruned; by default floating leaves with two axes or more.
       every: look at the schedule only at every so many steps, at least 1.
+      min_keep: weights that each leaf keeps at least, with `scope="leaf"`.
 
     Returns:
       A transform whose state is a `GradualState`.
 
     Raises:
-      ValueError: `every` below 1, an unknown scope, a `where` or pattern that does not fit the
-        parameters (from `init`), or `params` missing (from `update`).
+      ValueError: `every` below 1, an unknown scope, `min_keep` without `scope="leaf"`, a `where` or
+        pattern that does not fit the parameters (from `init`), or `params` missing (from `update`).
+      TypeError: compressed leaves among those to prune (from `init`).
 
     Example:
       >>> params = {"w": jnp.array([[1.0, -2.0], [3.0, 0.5]])}
@@ -97,10 +109,16 @@ def gradual(
             score(params, grads),
             masks,
         )
-        new = from_scores(found, target, scope=scope, pattern=pattern)
+        new = from_scores(found, target, scope=scope, pattern=pattern, min_keep=min_keep)
         return jax.tree.map(lambda m, old: jnp.broadcast_to(m, old.shape), new, masks)
 
     def init(params: Params) -> GradualState:
+        masks = params if is_empty(params) else unpruned(params)
+        return GradualState(
+            jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), masks, inner.init(params)
+        )
+
+    def unpruned(params: Params) -> Masks:
         shapes = jax.eval_shape(score, params, params)
         paths, leaves, treedef = _trees.flatten(params)
         for path, leaf, s in zip(paths, leaves, treedef.flatten_up_to(shapes), strict=True):
@@ -112,23 +130,27 @@ def gradual(
             masks = jax.tree.map(lambda m: jnp.ones(m.shape, bool), jax.eval_shape(fresh, shapes))
         else:
             masks = _trees.map_with_path(_all_true, params, shapes)
-        return GradualState(
-            jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), masks, inner.init(params)
-        )
+        check_maskable(params, masks)
+        if not any(m.ndim for m in jax.tree.leaves(masks)):
+            raise ValueError(
+                "where: selects no leaf, so gradual would prune nothing; name the leaves, such as "
+                "where='.*'. Behind optax.flatten wrap the other way: gradual(optax.flatten(inner), …)"
+            )
+        return masks
 
     def update(
         updates: optax.Updates, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, GradualState]:
         params = required(params, "gradual")
-        wanted = jnp.clip(jnp.asarray(schedule(state.count), jnp.float32), 0.0, 1.0)
-        due = (state.count % every == 0) & (wanted != state.sparsity)
+        wanted = jnp.clip(jnp.asarray(schedule(state.step), jnp.float32), 0.0, 1.0)
+        due = (state.step % every == 0) & (wanted != state.sparsity)
         masks = jax.lax.cond(
             due, rebuilt, lambda p, g, masks, target: masks, params, updates, state.masks, wanted
         )
         sparsity = jnp.where(due, wanted, state.sparsity)
         new, inner_state = masked_step(inner, masks, updates, state.inner_state, params, extra)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return new, GradualState(count, sparsity, masks, inner_state)
+        step = jnp.asarray(optax.safe_increment(state.step))
+        return new, GradualState(step, sparsity, masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -230,7 +230,7 @@ def test_optimizer_keeps_weights_on_centroids():
 def test_optimizer_keeps_zeros():
     params = jp.prune_tree({"w": normal(16, 16)}, 0.5)[0]
     zeros = np.asarray(params["w"] == 0)
-    tx = jp.optim.clustered(optax.sgd(0.1), bits=2, zero=True)
+    tx = jp.optim.clustered(optax.sgd(0.1), bits=2, preserve_zeros=True)
     state = tx.init(params)
     for i in range(4):
         updates, state = tx.update({"w": normal(16, 16, seed=i)}, state, params)
