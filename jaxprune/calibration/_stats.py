@@ -115,7 +115,22 @@ def magnitudes() -> np.ndarray:
     return 2.0 ** (_LOWEST + (np.arange(_PER_OCTAVE * _OCTAVES) + 1) / _PER_OCTAVE)
 
 
-def merged(records: list[dict[str, Array]], stacked: bool) -> dict[str, Array]:
+def nothing(shapes: dict[str, Any]) -> dict[str, Array]:
+    """The sums over no rows, which change none that they are merged with."""
+    fill = {"low": jnp.inf, "high": -jnp.inf}
+    return {key: jnp.full(x.shape, fill.get(key, 0.0), x.dtype) for key, x in shapes.items()}
+
+
+def averaged(before: tuple[Any, Any], ends: tuple[Any, Any], decay: float) -> tuple[Any, Any]:
+    """Moving averages of the ends of a range; a batch that saw nothing changes none."""
+
+    def average(a: Any, b: Any) -> Any:
+        return jnp.where(jnp.isinf(b), a, jnp.where(jnp.isinf(a), b, decay * a + (1 - decay) * b))
+
+    return average(before[0], ends[0]), average(before[1], ends[1])
+
+
+def merged(path: str, records: list[dict[str, Array]], stacked: bool) -> dict[str, Array]:
     """Sums of several parts together; `stacked`: of one record along its leading axis."""
 
     def join(key: str, op: Callable[..., Array]) -> Array:
@@ -138,14 +153,13 @@ def finished(
         / jnp.maximum(count, 1.0).reshape(jnp.shape(count) + (1,) * (jnp.ndim(x) - jnp.ndim(count)))
     )
     products = record.get("products")
+    seen = lambda end: jnp.where(jnp.isinf(end), 0.0, end)
     return Stats(
         count,
         rows(record["total"]),
         rows(record["squares"]),
         record["absmax"],
-        record["low"],
-        record["high"],
-        *moving,
+        *(seen(end) for end in (record["low"], record["high"], *moving)),
         record.get("histogram"),
         None if products is None else rows(products),
         axes,

@@ -47,7 +47,7 @@ def drop_layers(
       terms: more terms of `objective`; by default the difference of outputs.
 
     Returns:
-      `(small_fn, small_params)`, as `jp.compact` gives them.
+      `(compact_fn, small_params)`, as `jp.compact` gives them.
 
     Raises:
       ValueError: more stages than layers to remove, no batches, a match that is no parameter.

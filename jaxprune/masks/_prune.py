@@ -52,7 +52,5 @@ def prune_tree(
     found = (scores or _trees.magnitudes)(params)
     if scores is None or where is not None:
         found = _trees.restrict(found, params, where, uses=uses)
-    masks = from_scores(
-        found, sparsity, scope=scope, pattern=pattern, uses=uses, min_keep=min_keep
-    )
+    masks = from_scores(found, sparsity, scope=scope, pattern=pattern, uses=uses, min_keep=min_keep)
     return apply_masks(params, masks), masks

@@ -15,11 +15,11 @@ class Kind(StrEnum):
     """What a primitive does.
 
     IDENTITY: hands its operands on. CAST: the same numbers, rounded. VIEW: all entries of one operand
-    under other axes. PART: some of them. JOIN: several operands, or padding, side by side. PRODUCT: sums of
-    products of two operands. ELEMENTWISE: entry by entry. REDUCTION, CUMULATIVE, WINDOW: sums and the like,
-    over axes, along one, of neighbours. REORDER: entries in another order. LOOKUP, UPDATE: reads and
-    writes by computed index. COLLECTIVE: exchange between devices. GENERATED: made from nothing. NESTED:
-    runs programs of its own. OPENED: one that `trace_program` replaces by the operations of its program.
+    under other axes. PART: some of them. JOIN: several operands, or padding, side by side. PRODUCT:
+    sums of products of two operands. ELEMENTWISE: entry by entry. REDUCTION, CUMULATIVE, WINDOW: sums
+    and the like, over axes, along one, of neighbours. REORDER: entries in another order. LOOKUP, UPDATE:
+    reads and writes by computed index. COLLECTIVE: exchange between devices. GENERATED: made from
+    nothing. NESTED: runs programs of its own. OPENED: `trace_program` puts its operations in its place.
     """
 
     IDENTITY = "identity"
@@ -137,6 +137,9 @@ PRIMITIVES: Mapping[str, Primitive] = {
         preserves_zero=True,
     ),
     **_rows("iota random_bits rng_uniform empty2", Kind.GENERATED, is_free=True),
+    # links between a nested operation and its programs, see `Flow`
+    "enter": Primitive(Kind.IDENTITY, is_free=True, preserves_zero=True),
+    "iterate": Primitive(Kind.VIEW, is_free=True, preserves_zero=True),
     "scan": Primitive(Kind.NESTED, programs=("jaxpr",)),
     "while": Primitive(Kind.NESTED, programs=("cond_jaxpr", "body_jaxpr")),
     "cond": Primitive(Kind.NESTED, programs=("branches",)),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxprune.program import sized
 from jaxprune.quantize import DynamicInput, InputScale
 
 _TOGETHER = 512
@@ -41,7 +42,7 @@ def in_planes(x: Float[Array, "..."], axes: tuple[int, ...], count: int) -> Plan
     if count == 2:
         codes.append(jnp.round((ratio - first) * STEPS)[None])
     codes = [plane.astype(jnp.int8) for plane in codes]
-    rows = x.shape[axes[0] - 1] if axes else 1
+    rows = sized(x.shape[axes[0] - 1]) if axes else 1
     # few rows multiply faster together; putting many together costs more than it saves
     return Planes([jnp.concatenate(codes)] if rows < _TOGETHER else codes, scale, None)
 

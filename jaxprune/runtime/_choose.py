@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._types import CompressedArray
-from jaxprune.program import Layout
+from jaxprune.program import Layout, sized
 from jaxprune.quantize import DynamicInput, InputScale, QuantizedArray
 from jaxprune.runtime import _lowerings
 from jaxprune.runtime._activations import How
@@ -165,7 +165,7 @@ def lowering_for(w: Leaf, how: How, layout: Layout) -> tuple[str, str]:
     if both and backend != "cpu" and not isinstance(factors, str) and factors[0] is None:
         return "float8", "both operands in float8, one scale per row"
     rules = thresholds(backend)[kind]
-    name = next(name for most, name in rules if layout.rows <= most or most < 0)
+    name = next(name for most, name in rules if sized(layout.rows) <= most or most < 0)
     if name == "block_planes" and layout.depth > LONGEST:
         name = "blocks"
     if kind == "kept values" and backend == "cpu":

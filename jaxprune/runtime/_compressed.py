@@ -14,13 +14,14 @@ from rich.table import Table
 from jaxprune import _checks, _trees
 from jaxprune._types import is_compressed
 from jaxprune.program import (
-    Follower,
-    Found,
-    Held,
+    Executor,
+    HookResult,
     Operation,
-    Program,
-    Use,
+    Step,
+    TraceCache,
+    Tracked,
     inputs_of,
+    is_product,
     layout_of,
     restored,
     run_operation,
@@ -50,7 +51,7 @@ class CompressedFunction:
     def __init__(self, fn: Callable[..., Any], activations: How, *, explain: bool) -> None:
         """Made by `jp.compressed`."""
         self._fn, self._activations, self._explain = fn, activations, explain
-        self._programs: dict[Any, Program] = {}
+        self._programs = TraceCache()
         self.choices: tuple[Choice, ...] = ()
         self.__name__ = getattr(fn, "__name__", type(fn).__name__)
         self.__wrapped__ = fn
@@ -64,13 +65,11 @@ class CompressedFunction:
             for x in leaves
         ]
         key = (treedef, *((s.shape, s.dtype) for s in shapes), inputs.key)
-        if key not in self._programs:
-            dense = treedef.unflatten(shapes)
-            self._programs[key] = trace_program(self._fn, dense, *args, **kwargs)
-        program = self._programs[key]
+        dense = treedef.unflatten(shapes)
+        program = self._programs.get(key, lambda: trace_program(self._fn, dense, *args, **kwargs))
         run = _Run(self._activations)
         held = [hold(leaf, path) for leaf, path in zip(leaves, paths, strict=True)]
-        outs, _ = run.follower().run(program, [*held, *inputs.arrays])
+        outs, _ = run.executor().run(program, [*held, *inputs.arrays])
         self.choices = tuple(run.choices)
         self._tell()
         return program.out_tree.unflatten(outs)
@@ -112,45 +111,45 @@ class _Run:
     activations: How
     choices: list[Choice] = field(default_factory=list)
 
-    def follower(self) -> Follower:
-        return Follower(self._use, self._dense)
+    def executor(self) -> Executor:
+        return Executor(self._use, dense=self._dense)
 
-    def _use(self, use: Use) -> Found:
-        operation, operands = use
-        name = operation.primitive.name
-        if name == "gather" and isinstance(operands[0], Held):
-            return Found(self._rows(operation, *operands[:2]))
-        if name not in ("dot_general", "conv_general_dilated"):
-            return Found()
-        sides = [i for i in (0, 1) if isinstance(operands[i], Held)]
+    def _use(self, step: Step) -> HookResult:
+        operation, operands, _ = step
+        name = operation.name
+        if name == "gather" and isinstance(operands[0], Tracked):
+            return HookResult(self._rows(operation, *operands[:2]))
+        if not is_product(name):
+            return HookResult()
+        sides = [i for i in (0, 1) if isinstance(operands[i], Tracked)]
         if len(sides) != 1:
-            return Found(why="both operands are compressed")
+            return HookResult(reason="both operands are compressed")
         side = sides[0]
-        operands = [_codes(x) if isinstance(x, Held) else x for x in operands]
+        operands = [_codes(x) if isinstance(x, Tracked) else x for x in operands]
         if not jnp.issubdtype(operands[1 - side].dtype, jnp.floating):
-            return Found(why="the other operand is no float")
+            return HookResult(reason="the other operand is no float")
         if name == "dot_general":
             return self._product(operation, operands[side], operands[1 - side], side)
-        if side == 0:
-            return Found(why="it is what is convolved, not the kernel")
+        if side == 0 or name != "conv_general_dilated":
+            return HookResult(reason="it is what is convolved, not the kernel" if side == 0 else "")
         return self._convolution(operation, *operands)
 
-    def _dense(self, operation: Operation | None, held: Held, why: str) -> None:
+    def _dense(self, operation: Operation | None, held: Tracked, why: str) -> None:
         if is_compressed(held.array):
             self._note(operation, held, (held.shape,), "dense", why)
 
     def _note(
-        self, operation: Operation | None, held: Held, shapes: Any, lowering: str, why: str
+        self, operation: Operation | None, held: Tracked, shapes: Any, lowering: str, why: str
     ) -> None:
-        name = operation.primitive.name if operation else "output"
+        name = operation.name if operation else "output"
         source = operation.source if operation else ""
         size = dense_bytes(held.array) if lowering == "dense" else 0
         self.choices.append(Choice(held.path, name, tuple(shapes), lowering, why, source, size))
 
-    def _how(self, held: Held) -> How:
+    def _how(self, held: Tracked) -> How:
         return self.activations if held.note is None else held.note
 
-    def _product(self, operation: Operation, held: Held, x: Any, side: int) -> Found:
+    def _product(self, operation: Operation, held: Tracked, x: Any, side: int) -> HookResult:
         how = self._how(held)
         shapes = (x.shape, held.shape)
         layout = layout_of(operation, held, x, side)
@@ -158,45 +157,45 @@ class _Run:
             self._note(operation, held, shapes, "factors", "one after the other, through the rank")
             rows = standard(operation, x.astype(jnp.float32), side, layout)
             y = restored(two_products(rows, held.array, layout, how), held, side, layout)
-            return Found([y.astype(self._result(operation, x, held))])
+            return HookResult([y.astype(self._result(operation, x, held))])
         if not _has_products(held.array):
             if how is None:
-                return Found(why=f"no product of its own for {type(held.array).__name__}")
+                return HookResult(reason=f"no product of its own for {type(held.array).__name__}")
             self._note(operation, held, shapes, "rounded", "activations are rounded first")
             axes = operation.params["dimension_numbers"][0][1 - side]
             pair = [rounded(x, tuple(axes), how), held.materialize()]
-            return Found(run_operation(operation, pair if side else pair[::-1]))
+            return HookResult(run_operation(operation, pair if side else pair[::-1]))
         packed = _is_packed(held.array) and len(layout.shape) - 1 in layout.batch
         if packed or len(layout.shape) < 2:
-            return Found(why="codes of one byte belong to different products")
+            return HookResult(reason="codes of one byte belong to different products")
         name, why = lowering_for(held.array, how, layout)
         self._note(operation, held, shapes, name, why)
         rows = standard(operation, x.astype(jnp.float32), side, layout)
         y = restored(run(name, rows, held.array, layout, how), held, side, layout)
-        return Found([y.astype(self._result(operation, x, held))])
+        return HookResult([y.astype(self._result(operation, x, held))])
 
-    def _result(self, operation: Operation, x: Any, held: Held) -> Any:
+    def _result(self, operation: Operation, x: Any, held: Tracked) -> Any:
         """The dtype of a product."""
         wanted = operation.params["preferred_element_type"]
         return wanted or jnp.result_type(x.dtype, held.array.dtype)
 
-    def _convolution(self, operation: Operation, x: Any, held: Held) -> Found:
+    def _convolution(self, operation: Operation, x: Any, held: Tracked) -> HookResult:
         """A convolution of perhaps rounded activations."""
         how = self._how(held)
         if isinstance(held.array, LowRankArray | TuckerArray) and how is None:
             y = factored_convolution(operation, x, held)
             if isinstance(y, str):
-                return Found(why=y)
+                return HookResult(reason=y)
             shapes = (x.shape, held.shape)
             self._note(operation, held, shapes, "factors", "smaller convolutions in a row")
-            return Found([y])
+            return HookResult([y])
         if not _has_products(held.array) and how is None:
-            return Found(why=f"no convolution of its own for {type(held.array).__name__}")
+            return HookResult(reason=f"no convolution of its own for {type(held.array).__name__}")
         name, why = convolution_for(operation, x, held, how)
         self._note(operation, held, (x.shape, held.shape), name, why)
-        return Found([convolved(name, operation, x, held, how)])
+        return HookResult([convolved(name, operation, x, held, how)])
 
-    def _rows(self, operation: Operation, held: Held, index: Any) -> list[Any] | None:
+    def _rows(self, operation: Operation, held: Tracked, index: Any) -> list[Any] | None:
         """A look-up of whole entries of the leading axis."""
         spec = operation.params["dimension_numbers"]
         sizes, rank = tuple(operation.params["slice_sizes"]), len(held.shape)
@@ -229,7 +228,7 @@ class _Run:
         return [found]
 
 
-def _codes(held: Held) -> Held:
+def _codes(held: Tracked) -> Tracked:
     """A pruned leaf with quantized values is one of codes in a product."""
     found = as_quantized(held.array) if isinstance(held.array, SparseArray) else None
     return held if found is None else replace(held, array=found)
@@ -251,10 +250,10 @@ def _is_packed(array: QuantizedArray | ClusteredArray | SparseArray) -> bool:
 def hold(leaf: Any, path: str) -> Any:
     """A leaf as it enters a program: compressed ones, and those with quantized inputs, are followed."""
     if isinstance(leaf, ActivationQuantized):
-        return Held.of(leaf.weight, path, leaf.input)
+        return Tracked.of(leaf.weight, path, leaf.input)
     if getattr(leaf, "is_trained", False):  # dense in memory as it is
         return leaf.materialize()
-    return Held.of(leaf, path) if is_compressed(leaf) else leaf
+    return Tracked.of(leaf, path) if is_compressed(leaf) else leaf
 
 
 def compressed(

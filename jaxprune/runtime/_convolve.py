@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.program import Held, Operation, run_operation
+from jaxprune.program import Operation, Tracked, run_operation
 from jaxprune.quantize import DynamicInput, InputScale, QuantizedArray
 from jaxprune.runtime._activations import STEPS, How, Planes, in_planes, rounded, with_known_scale
 from jaxprune.runtime._choose import LONGEST, differentiated
@@ -24,7 +24,7 @@ _CHANNELS = 16  # integer convolutions of fewer channels are slower than float o
 _WORTH = 96  # multiply-adds for each entry in and out, from which an integer one saves time
 
 
-def convolution_for(operation: Operation, x: Any, held: Held, how: How) -> tuple[str, str]:
+def convolution_for(operation: Operation, x: Any, held: Tracked, how: How) -> tuple[str, str]:
     """A lowering's name and the reason."""
     if not isinstance(held.array, QuantizedArray | ClusteredArray | SparseArray):
         return "rounded", "activations are rounded first"
@@ -52,12 +52,12 @@ def _in_8_bits(how: How) -> bool:
     return known or how == DynamicInput("int8")
 
 
-def convolved(name: str, operation: Operation, x: jax.Array, held: Held, how: How) -> jax.Array:
+def convolved(name: str, operation: Operation, x: jax.Array, held: Tracked, how: How) -> jax.Array:
     """The convolution by its lowering. Its derivative is that with the dense kernel."""
     numbers = operation.params["dimension_numbers"]
     example = tuple(i for i in range(x.ndim) if i != numbers.lhs_spec[0])
 
-    def reference(x: jax.Array, held: Held, how: How) -> jax.Array:
+    def reference(x: jax.Array, held: Tracked, how: How) -> jax.Array:
         kernel = held.materialize().astype(x.dtype)
         (y,) = run_operation(operation, [rounded(x, example, how), kernel])
         return y
@@ -65,7 +65,7 @@ def convolved(name: str, operation: Operation, x: jax.Array, held: Held, how: Ho
     if name in ("converted", "rounded"):
         return reference(x, held, how)
 
-    def compute(x: jax.Array, held: Held, how: How) -> jax.Array:
+    def compute(x: jax.Array, held: Tracked, how: How) -> jax.Array:
         x = settled(x.astype(jnp.float32))
         known = isinstance(how, InputScale)
         planes = with_known_scale(x, how) if known else in_planes(x, example, 1)
@@ -76,7 +76,7 @@ def convolved(name: str, operation: Operation, x: jax.Array, held: Held, how: Ho
     return differentiated(compute, reference)(x, held, how)
 
 
-def _separable(held: Held, out_axis: int) -> bool:
+def _separable(held: Tracked, out_axis: int) -> bool:
     """Whether the kernel's codes are integers with one scale for each output channel, or for all."""
     array, axis = held.array, held.order[out_axis] + held.array.ndim
     if not isinstance(array, QuantizedArray):
@@ -89,7 +89,7 @@ def _separable(held: Held, out_axis: int) -> bool:
     )
 
 
-def _in_planes(operation: Operation, planes: Planes, held: Held) -> jax.Array:
+def _in_planes(operation: Operation, planes: Planes, held: Tracked) -> jax.Array:
     numbers = operation.params["dimension_numbers"]
     out_axis = numbers.rhs_spec[0]
     inputs = tuple(i for i in range(len(held.shape)) if i != out_axis)

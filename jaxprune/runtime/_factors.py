@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import _trees
-from jaxprune.program import Held, Layout, Operation, run_operation
+from jaxprune.program import Layout, Operation, Tracked, run_operation
 from jaxprune.quantize import QuantizedArray
 from jaxprune.runtime._activations import How, rounded
 from jaxprune.runtime._choose import lowering_for, run
@@ -56,7 +56,7 @@ def _product(x: jax.Array, factor: Any, layout: Layout, how: How) -> jax.Array:
     return jnp.squeeze(y, len(layout.batch))
 
 
-def factored_convolution(operation: Operation, x: jax.Array, held: Held) -> jax.Array | str:
+def factored_convolution(operation: Operation, x: jax.Array, held: Tracked) -> jax.Array | str:
     """A convolution with a factorised kernel as two or three; or the reason why not."""
     params, numbers = operation.params, operation.params["dimension_numbers"]
     if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
@@ -77,7 +77,7 @@ def factored_convolution(operation: Operation, x: jax.Array, held: Held) -> jax.
     return "its factors part other axes than the channels"
 
 
-def _three(operation: Operation, x: jax.Array, held: Held) -> jax.Array:
+def _three(operation: Operation, x: jax.Array, held: Tracked) -> jax.Array:
     w, numbers = held.array, operation.params["dimension_numbers"]
     x = _mixed(x, w.left, numbers.lhs_spec[1])
     groups = w.left.shape[-1] if w.is_depthwise else 1
@@ -85,7 +85,7 @@ def _three(operation: Operation, x: jax.Array, held: Held) -> jax.Array:
     return _mixed(_convolve(middle, x, replace(held, array=w.core)), w.right, numbers.out_spec[1])
 
 
-def _convolve(operation: Operation, x: jax.Array, held: Held) -> jax.Array:
+def _convolve(operation: Operation, x: jax.Array, held: Tracked) -> jax.Array:
     (y,) = run_operation(operation, [x, held.materialize().astype(x.dtype)])
     return y
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxprune.program import Layout
+from jaxprune.program import Layout, sized
 from jaxprune.quantize import InputScale, Levels, QuantizedArray
 from jaxprune.runtime._activations import (
     STEPS,
@@ -171,7 +171,7 @@ def block_planes(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
         first, second = part.planes(bound)
         inner, at = layout.of(part.codes), len(layout.batch)
         high = [inner.dot(x, first, jnp.int32) for x in xs]
-        some = xs[0] if layout.rows < _FEW else xs[0][:1]
+        some = xs[0] if sized(layout.rows) < _FEW else xs[0][:1]
         low = inner.dot(some, second, jnp.int32).astype(jnp.float32)
         low = jax.lax.slice_in_dim(low, 0, 1, axis=at)
         return [_sum_of_planes(high, at, low)]
@@ -241,7 +241,7 @@ def _value(planes: Planes) -> Array:
 
 def _padded(codes: Array, axis: int) -> Array:
     """At least two rows in all."""
-    missing = max(-(-_FEW // len(codes)) - codes.shape[axis], 0)
+    missing = max(-(-_FEW // len(codes)) - sized(codes.shape[axis]), 0)
     return jnp.pad(codes, [(0, missing if i == axis else 0) for i in range(codes.ndim)])
 
 

@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune.program import sized
+
 _LARGE = 2**18  # entries worth keeping from being computed again
 _A_NAN = 0x7FC12345  # no computation makes this very NaN
 
 
 def settled(x: jax.Array) -> jax.Array:
     """`x`, floats, computed before it is used, as before and after a dense product."""
-    if jax.default_backend() != "cpu" or x.size < _LARGE:
+    if jax.default_backend() != "cpu" or sized(x.size) < _LARGE:
         return x
     return all_settled((x,), x)[0]
 

@@ -102,7 +102,7 @@ def like_params(graph: Graph) -> PyTree:
 
 def masks_without(graph: Graph, gone: np.ndarray) -> Masks:
     """Masks that remove some units, given per component whether it goes."""
-    removed = graph.units.removed(gone)
+    removed = graph.solution.removed(gone)
     masks = []
     for axes, shape in zip(graph.own, graph.shapes, strict=True):
         mask = np.ones((1,) * len(shape), bool)

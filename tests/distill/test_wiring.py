@@ -94,9 +94,9 @@ def test_capture_on_compacted_students():
     net, params, x = linen()
     graph = jp.trace(net.apply, params, x)
     masks = jp.structure.unit_masks(graph, jp.scores.magnitude(params), sparsity=0.5)
-    small_fn, small = jp.compact(net.apply, params, masks, x)
-    out, found = jp.distill.capture(small_fn, small, x, at={"h": "params/second/kernel"})
-    np.testing.assert_allclose(out, small_fn(small, x), rtol=1e-5, atol=1e-6)
+    compact_fn, small = jp.compact(net.apply, params, masks, x)
+    out, found = jp.distill.capture(compact_fn, small, x, at={"h": "params/second/kernel"})
+    np.testing.assert_allclose(out, compact_fn(small, x), rtol=1e-5, atol=1e-6)
     assert found["h"].shape[-1] == small["params"]["second"]["kernel"].shape[-1]
 
 

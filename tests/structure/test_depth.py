@@ -43,10 +43,10 @@ def test_layers_vanish(name):
     for layer in found:
         scores = {other.name: float(other.name != layer.name) for other in found}
         masks = jp.structure.layer_masks(graph, scores, count=1)
-        small_fn, small = jp.compact(fn, params, masks, x, verify=True)
+        compact_fn, small = jp.compact(fn, params, masks, x, verify=True)
         twice = jnp.concatenate([x, x[::-1]])
-        assert_close(full(jp.apply_masks(params, masks), twice), jax.jit(small_fn)(small, twice))
-        cost = jp.trace(small_fn, small, x).cost()
+        assert_close(full(jp.apply_masks(params, masks), twice), jax.jit(compact_fn)(small, twice))
+        cost = jp.trace(compact_fn, small, x).cost()
         assert cost.flops < dense
         assert cost.flops == pytest.approx(graph.cost(masks).flops)
         gone = [i for i, index in layer.leaves if index is None]
@@ -87,11 +87,11 @@ def test_a_removed_layer_costs_what_a_shallower_network_costs():
     graph = jp.trace(fn, params, x)
     names = [layer.name for layer in jp.structure.layers(graph)]
     masks = jp.structure.layer_masks(graph, {n: i for i, n in enumerate(names)}, count=2)
-    small_fn, small = jp.compact(fn, params, masks, x)
+    compact_fn, small = jp.compact(fn, params, masks, x)
     shallow, kept = network(2)
     kept = {**params, "layers": params["layers"][2:]}
-    assert_close(shallow(kept, x), small_fn(small, x), 1e-6)
-    found, wanted = jp.trace(small_fn, small, x).cost(), jp.trace(shallow, kept, x).cost()
+    assert_close(shallow(kept, x), compact_fn(small, x), 1e-6)
+    found, wanted = jp.trace(compact_fn, small, x).cost(), jp.trace(shallow, kept, x).cost()
     assert (found.flops, found.activation_bytes) == (wanted.flops, wanted.activation_bytes)
     assert jp.nbytes(small) == jp.nbytes(kept)
 
@@ -133,8 +133,8 @@ def test_scores(make, by):
     masks = jp.structure.layer_masks(graph, scores, count=1)
     dense = dict(zip("abc", jax.tree.leaves(stream_network()[1]), strict=True))
     dense["b"] = jnp.zeros((6, 6))
-    small_fn, small = jp.compact(fn, params, masks, x, verify=True)
-    assert_close(stream_network()[0](dense, x), small_fn(small, x))
+    compact_fn, small = jp.compact(fn, params, masks, x, verify=True)
+    assert_close(stream_network()[0](dense, x), compact_fn(small, x))
 
 
 def test_scores_against_numpy():
@@ -239,10 +239,10 @@ class TestLayerMasks:
         scores = jp.structure.layer_scores(graph, params, x)
         assert len(scores) == 5
         masks = jp.structure.layer_masks(graph, scores, count=2)
-        small_fn, small = jp.compact(Net().apply, params, masks, x, verify=True)
+        compact_fn, small = jp.compact(Net().apply, params, masks, x, verify=True)
         assert small["params"]["stack"]["Dense_0"]["kernel"].shape == (3, 16, 8)
         assert_close(
-            jax.jit(jax.grad(lambda p: squared(small_fn(p, x))))(small)["params"]["Dense_1"],
+            jax.jit(jax.grad(lambda p: squared(compact_fn(p, x))))(small)["params"]["Dense_1"],
             jax.grad(lambda p: squared(Net().apply(p, x)))(jp.apply_masks(params, masks))["params"][
                 "Dense_1"
             ],
