@@ -154,13 +154,17 @@ class _Walk:
             return [self._picked(operation, ins, shapes[0], outs[0])]
         if known.kind in (Kind.VIEW, Kind.PART, Kind.REORDER, Kind.JOIN, Kind.REDUCTION):
             found = moved(name, operation.params, ins, shapes, outs)
-            if found is not None:
+            if found is not None and any(axis for x in found for v in x.views for axis in v.axes):
                 return found
         if known.kind is Kind.ELEMENTWISE:
             return [self._elementwise(operation, ins, shapes, outs[0])]
+        return self._lost(operation, ins, len(outs))
+
+    def _lost(self, operation: Operation, ins: list[Value], count: int) -> list[Value]:
+        """An operation after which axes are known no more."""
         for value in ins:
             self.note(value, "other", operation.source)
-        return [mixed(ins)] * len(outs)
+        return [DATA if any(x.is_data for x in ins) else CONSTANT] * count
 
     def _product(
         self, operation: Operation, ins: list[Value], shapes: list[tuple[int, ...]]
@@ -169,7 +173,7 @@ class _Walk:
         if operation.name == "dot_general":
             contract, batch = params["dimension_numbers"]
             ranks = [len(shape) for shape in shapes]
-            if all(x.is_parameter for x in ins):
+            if not any(x.is_data for x in ins):
                 return self._among_parameters(operation.source, ins, ranks, contract, batch)
             for side in (0, 1):
                 self._factor(operation, ins[side], ranks[side], contract[side], batch[side])
@@ -298,9 +302,7 @@ class _Walk:
     ) -> list[Value]:
         nesting = nesting_of(operation)
         if nesting is None:
-            for value in ins:
-                self.note(value, "other", operation.source)
-            return [mixed(ins)] * len(outs)
+            return self._lost(operation, ins, len(outs))
         ready = [
             x.mapped(lambda view: view.dropping([0])) if how == "slice" else x
             for x, how in zip(ins, nesting.hows, strict=True)
