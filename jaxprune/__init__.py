@@ -25,6 +25,7 @@ from jaxprune import (
     sparse,
     structure,
 )
+from jaxprune._uses import Uses
 from jaxprune.calibration import calibrate, quantize_activations
 from jaxprune.graph import trace
 from jaxprune.masks import (
@@ -35,6 +36,7 @@ from jaxprune.masks import (
     unpack_masks,
 )
 from jaxprune.optim import masked_update
+from jaxprune.program import uses
 from jaxprune.quantize import (
     QuantizedArray,
     dequantize_tree,
@@ -62,6 +64,7 @@ __all__ = [
     "LowRankArray",
     "QuantizedArray",
     "SparseArray",
+    "Uses",
     "apply_masks",
     "budgets",
     "calibrate",
@@ -100,4 +103,5 @@ __all__ = [
     "tie_tree",
     "trace",
     "unpack_masks",
+    "uses",
 ]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._types import PyTree, Where, is_compressed
+from jaxprune._uses import Uses, conventions
 
 
 def path_str(key_path: Sequence[Any]) -> str:
@@ -58,19 +59,51 @@ def rank(leaf: Any) -> int:
     return len(getattr(leaf, "shape", ()))
 
 
-def is_weight(leaf: Any) -> bool:
-    """The default selection: a floating array with at least two axes."""
-    return is_floating(leaf) and rank(leaf) >= 2
+def uses_of(tree: PyTree, uses: Any = None) -> list[Uses]:
+    """What each leaf of `tree` is for, in flatten order.
+
+    Args:
+      tree: any pytree.
+      uses: of `jp.uses`, on the same paths; or what carries them: a graph of `jp.trace`, statistics of
+        `jp.calibrate`. `None`: what names and shapes say by convention.
+
+    Raises:
+      ValueError: uses of another tree.
+      TypeError: something that carries none.
+    """
+    paths, leaves, _ = flatten(tree)
+    if uses is None:
+        shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+        return [convention.uses for convention in conventions(paths, shapes)]
+    items, _ = jax.tree_util.tree_flatten_with_path(
+        getattr(uses, "uses", uses), is_leaf=lambda x: isinstance(getattr(x, "uses", x), Uses)
+    )
+    found = {path_str(path): getattr(leaf, "uses", leaf) for path, leaf in items}
+    if not all(isinstance(use, Uses) for use in found.values()) or not found:
+        raise TypeError(
+            "uses: expected jp.uses(fn, params, *args), a graph of jp.trace or statistics of "
+            f"jp.calibrate, got {type(uses).__name__}"
+        )
+    odd = sorted(found.keys() ^ set(paths))
+    if odd:
+        raise ValueError(
+            f"uses: of another tree than params ({odd[:3]} differ); make them anew: "
+            "jp.uses(fn, params, *args)"
+        )
+    return [found[path] for path in paths]
 
 
-def select(tree: PyTree, where: Where = None) -> list[bool]:
+def select(tree: PyTree, where: Where = None, *, uses: Any = None) -> list[bool]:
     """Which leaves `where` selects, in flatten order.
 
     Args:
       tree: any pytree.
-      where: `None` selects floating leaves with two axes or more. A string is a regular expression
-        matched *in full* against the path; a sequence selects what any of its members selects; a
-        callable gets `(path, leaf)`. Only floating leaves are ever selected.
+      where: `None` selects the weights: what products, convolutions and look-ups use, as `uses` says;
+        without `uses`, floating leaves with two axes or more that are no biases or norms by their
+        names. A string is a regular expression matched *in full* against the path; a sequence selects
+        what any of its members selects; a callable gets `(path, leaf)`. Only floating leaves are ever
+        selected.
+      uses: see `uses_of`.
 
     Returns:
       One bool per leaf.
@@ -78,15 +111,22 @@ def select(tree: PyTree, where: Where = None) -> list[bool]:
     Raises:
       TypeError: `where` is of another type.
       ValueError: a regular expression is malformed, or matches no floating leaf; the message lists
-        the nearest paths.
+        the nearest paths. Uses of another tree.
     """
     paths, leaves, _ = flatten(tree)
+    if where is None or uses is not None:
+        known = uses_of(tree, uses)
+        if where is None:
+            pairs = zip(leaves, known, strict=True)
+            return [is_floating(leaf) and rank(leaf) > 0 and use.is_weight for leaf, use in pairs]
     return _select(paths, leaves, where)
 
 
 def _select(paths: list[str], leaves: list[Any], where: Where) -> list[bool]:
     if where is None:
-        return [is_weight(leaf) for leaf in leaves]
+        shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+        pairs = zip(leaves, conventions(paths, shapes), strict=True)
+        return [is_floating(leaf) and known.uses.is_weight for leaf, known in pairs]
     if isinstance(where, str):
         pattern = compile_pattern(where)
         hits = [
@@ -146,10 +186,11 @@ def map_selected(
     tree: PyTree,
     *rest: PyTree,
     where: Where = None,
+    uses: Any = None,
 ) -> PyTree:
     """Maps `f(leaf, *rest_leaves)` over the selected leaves and `other(leaf)` over the others."""
     _, leaves, treedef = flatten(tree)
-    chosen = select(tree, where)
+    chosen = select(tree, where, uses=uses)
     columns = [treedef.flatten_up_to(r) for r in rest]
     return treedef.unflatten(
         f(leaf, *(column[i] for column in columns)) if chosen[i] else other(leaf)
@@ -181,10 +222,10 @@ def magnitudes(params: PyTree) -> PyTree:
     )
 
 
-def restrict(scores: PyTree, params: PyTree, where: Where = None) -> PyTree:
+def restrict(scores: PyTree, params: PyTree, where: Where = None, *, uses: Any = None) -> PyTree:
     """Scores of the leaves that `where` selects among `params`; the others score `+inf`."""
     treedef = flatten(params)[2]
-    chosen = select(params, where)
+    chosen = select(params, where, uses=uses)
     leaves = treedef.flatten_up_to(scores)
     return treedef.unflatten(
         leaf if hit else unpruned_score() for leaf, hit in zip(leaves, chosen, strict=True)

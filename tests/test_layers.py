@@ -8,6 +8,7 @@ import jaxprune
 ROOT = Path(jaxprune.__file__).parent
 LAYERS = {
     "_types": 0,
+    "_uses": 0,
     "_trees": 0,
     "_checks": 0,
     "schedules": 0,
@@ -35,6 +36,7 @@ LAYERS = {
 # a room of the first layers may use these others of its own layer
 SIBLINGS = {
     ("_trees", "_types"),
+    ("_trees", "_uses"),
     ("_checks", "_trees"),
     ("_checks", "_types"),
     ("schedules", "_checks"),

@@ -1,6 +1,7 @@
 """Masks that grow with training."""
 
 import inspect
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params, ScheduleFn, ScoreFn, Scores, Where
-from jaxprune.masks import AnyPattern, TreePattern, from_scores
+from jaxprune.masks import AnyPattern, TreePattern, from_scores, pattern_on
 from jaxprune.optim._fit import check_maskable, is_empty
 from jaxprune.optim._masked import masked_step, required
 
@@ -44,6 +45,7 @@ def gradual(
     scores: ScoreFn = _trees.magnitudes,
     scope: str = "global",
     pattern: AnyPattern | None = None,
+    uses: Any = None,
     where: Where = None,
     every: int = 1,
     min_keep: int = 0,
@@ -63,7 +65,8 @@ def gradual(
       scope: `"global"` or `"leaf"`, see `jp.masks.from_scores`.
       pattern: `None`, `Block`, `Channel` or `NM`; or `jp.structure.Units` for structured pruning, after
         which `jp.compact(fn, params, jp.optim.get_masks(state), *args)` makes the model smaller.
-      where: which leaves are pruned; by default floating leaves with two axes or more.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights, and where patterns lie.
+      where: which leaves are pruned; by default the weights: as `uses` says, else by shapes and names.
       every: look at the schedule only at every so many steps, at least 1.
       min_keep: weights that each leaf keeps at least, with `scope="leaf"`.
 
@@ -97,11 +100,13 @@ def gradual(
     inner = optax.with_extra_args_support(inner)
     needs_grads = _takes_gradients(scores)
 
+    select = partial(from_scores, scope=scope, pattern=pattern, uses=uses, min_keep=min_keep)
+
     def score(params: Params, grads: Params) -> Scores:
         found = scores(params, grads) if needs_grads else scores(params)
-        if where is None and scores is not _trees.magnitudes:
+        if where is None and uses is None and scores is not _trees.magnitudes:
             return found
-        return _trees.restrict(found, params, where)
+        return _trees.restrict(found, params, where, uses=uses)
 
     def rebuilt(params: Params, grads: Params, masks: Masks, target: Array) -> Masks:
         found = jax.tree.map(
@@ -109,7 +114,7 @@ def gradual(
             score(params, grads),
             masks,
         )
-        new = from_scores(found, target, scope=scope, pattern=pattern, min_keep=min_keep)
+        new = select(found, target)
         return jax.tree.map(lambda m, old: jnp.broadcast_to(m, old.shape), new, masks)
 
     def init(params: Params) -> GradualState:
@@ -121,12 +126,13 @@ def gradual(
     def unpruned(params: Params) -> Masks:
         shapes = jax.eval_shape(score, params, params)
         paths, leaves, treedef = _trees.flatten(params)
-        for path, leaf, s in zip(paths, leaves, treedef.flatten_up_to(shapes), strict=True):
+        columns = leaves, treedef.flatten_up_to(shapes), _trees.uses_of(params, uses)
+        for path, leaf, s, use in zip(paths, *columns, strict=True):
             _checks.broadcasts("scores", path, s.shape, jnp.shape(leaf))
-            if pattern is not None and not isinstance(pattern, TreePattern) and s.shape:
-                pattern.check(path, s.shape)
+            if not isinstance(pattern, TreePattern) and s.shape:
+                pattern_on(pattern, path, s.shape, use)
         if isinstance(pattern, TreePattern):
-            fresh = lambda scores: from_scores(scores, jnp.float32(0), scope=scope, pattern=pattern)
+            fresh = lambda scores: select(scores, jnp.float32(0))
             masks = jax.tree.map(lambda m: jnp.ones(m.shape, bool), jax.eval_shape(fresh, shapes))
         else:
             masks = _trees.map_with_path(_all_true, params, shapes)

@@ -14,7 +14,6 @@ from jaxprune.quantize import (
     InputScale,
     Rules,
     Spec,
-    check_fits,
     has_parts,
     integer_range,
     scale_of,
@@ -33,6 +32,7 @@ def prepare(
     granularity: str = "channel",
     masks: Masks | None = None,
     rules: Rules | None = None,
+    uses: Any = None,
     where: Where = None,
 ) -> PyTree:
     """Replaces weights by leaves that train on their quantized values.
@@ -47,7 +47,7 @@ def prepare(
       method: `"lsq"`: steps are learned with the weights, from `2 mean|w| / sqrt(q)` on (integers only);
         `"absmax"`: the weight's range in each step.
       masks: pruned weights stay exactly 0, through training and quantization.
-      rules, where: see `jp.quantize_tree`.
+      rules, uses, where: see `jp.quantize_tree`.
 
     Returns:
       The tree with `QATArray` leaves.
@@ -70,7 +70,7 @@ def prepare(
     base = Spec(
         bits=bits, symmetric=symmetric, group_size=group_size, dtype=dtype, granularity=granularity
     )
-    specs = specs_for(params, base, rules, where)
+    specs = specs_for(params, base, rules, where, uses)
     paths, leaves, treedef = _trees.flatten(params)
     if masks is None:
         kept: list[Any] = [None] * len(leaves)
@@ -80,14 +80,11 @@ def prepare(
             odd = sorted(set(names) ^ set(paths))[:3]
             raise ValueError(f"masks: another tree than params ({odd} differ)")
         kept = jax.tree.leaves(masks)
-    for path, leaf, spec in zip(paths, leaves, specs, strict=True):
-        if spec is not None:
-            if not has_parts(leaf):
-                check_fits(spec, path, leaf.shape)
-            if method == "lsq" and spec.dtype is not None:
-                raise ValueError(
-                    f"method: {spec.format} of leaf {path!r} has no step to learn; use 'absmax'"
-                )
+    for path, spec in zip(paths, specs, strict=True):
+        if spec is not None and method == "lsq" and spec.dtype is not None:
+            raise ValueError(
+                f"method: {spec.format} of leaf {path!r} has no step to learn; use 'absmax'"
+            )
     out = []
     for leaf, spec, mask in zip(leaves, specs, kept, strict=True):
         if spec is None:

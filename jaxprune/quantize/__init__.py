@@ -21,7 +21,7 @@ from jaxprune.quantize._inputs import (
     slowed,
 )
 from jaxprune.quantize._scale import from_levels, reciprocal, scale_of, spread, to_levels
-from jaxprune.quantize._spec import NF4_LEVELS, Spec, check_fits, integer_range
+from jaxprune.quantize._spec import NF4_LEVELS, Spec, integer_range, resolved
 from jaxprune.quantize._tree import Rules, dequantize_tree, has_parts, quantize_tree, specs_for
 from jaxprune.quantize._views import leading_block
 

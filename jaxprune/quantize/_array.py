@@ -19,7 +19,7 @@ from jaxprune.quantize._scale import (
     scale_of,
     to_levels,
 )
-from jaxprune.quantize._spec import Spec, check_fits
+from jaxprune.quantize._spec import Spec, resolved
 from jaxprune.quantize._views import leading_block, reshaped_scales
 
 
@@ -253,8 +253,8 @@ def by_place(x: Array, per: int, axis: int) -> Array:
 
 def quantize(path: str, x: Float[Array, "..."], spec: Spec) -> tuple[QuantizedArray, Array]:
     """One leaf quantized, and whether all of it is finite. Inverse, up to rounding: `materialize`."""
-    check_fits(spec, path, jnp.shape(x))
     x = jnp.asarray(x)
+    spec = resolved(spec, path, x.shape)
     scale, zero = scale_of(x, spec)
     values = _encode(x, reciprocal(scale), zero, spec)
     stored = None if zero is None else zero.astype(jnp.int8)

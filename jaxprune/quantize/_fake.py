@@ -16,7 +16,7 @@ from jaxprune.quantize._scale import (
     spread,
     to_levels,
 )
-from jaxprune.quantize._spec import Spec, check_fits
+from jaxprune.quantize._spec import Spec, resolved
 from jaxprune.quantize._tree import Rules, specs_for
 
 _ROUNDING = 1e-6  # of the range: the largest value of a tensor is inside its own range
@@ -71,8 +71,7 @@ def fake_quantize(
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise TypeError(f"x: expected floats, got {jnp.result_type(x)}")
     x = jnp.asarray(x)
-    check_fits(spec, "x", x.shape)
-    return _fake(x, spec, scale, zero_point, key)
+    return _fake(x, resolved(spec, "x", x.shape), scale, zero_point, key)
 
 
 def _fake(x: Array, spec: Spec, scale: Any, zero_point: Any, key: jax.Array | None = None) -> Array:
@@ -119,6 +118,7 @@ def fake_quantize_tree(
     dtype: Any = None,
     granularity: str = "channel",
     rules: Rules | None = None,
+    uses: Any = None,
     where: Where = None,
     key: jax.Array | None = None,
 ) -> Params:
@@ -127,7 +127,7 @@ def fake_quantize_tree(
     Args:
       params: any tree of arrays.
       bits, symmetric, group_size, dtype, granularity: see `jp.quantize.Spec`.
-      rules, where: see `jp.quantize_tree`.
+      rules, uses, where: see `jp.quantize_tree`.
       key: a PRNG key for random rounding; each leaf draws from a key of its own.
 
     Returns:
@@ -145,11 +145,8 @@ def fake_quantize_tree(
     base = Spec(
         bits=bits, symmetric=symmetric, group_size=group_size, dtype=dtype, granularity=granularity
     )
-    specs = specs_for(params, base, rules, where)
-    paths, leaves, treedef = _trees.flatten(params)
-    for path, leaf, spec in zip(paths, leaves, specs, strict=True):
-        if spec is not None:
-            check_fits(spec, path, leaf.shape)
+    specs = specs_for(params, base, rules, where, uses)
+    _, leaves, treedef = _trees.flatten(params)
     keys = [None] * len(leaves) if key is None else list(jax.random.split(key, len(leaves)))
     return treedef.unflatten(
         leaf if spec is None else _fake(_trees.dense(leaf), spec, None, None, own)

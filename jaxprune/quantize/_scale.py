@@ -1,6 +1,7 @@
 """Scales and zero points, and rounding with them: array maths, no trees.
 
 With groups, the group axis of extent `n` has `n / group_size` scales; `spread` repeats them.
+What scales mean is read off their shape beside that of the codes, never off the spec.
 """
 
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from jaxprune.quantize._spec import (
     NF4_BOUNDS,
     NF4_LEVELS,
     Spec,
-    group_axis,
     integer_range,
     reduced_axes,
+    resolved,
 )
 
 Scale = Float[Array, "..."]
@@ -39,6 +40,7 @@ def scale_of(x: Float[Array, "..."], spec: Spec) -> tuple[Scale, Zero | None]:
     shows in its scale.
     """
     x = x.astype(working_dtype(x))
+    spec = resolved(spec, "x", x.shape)
     if spec.symmetric:
         top = _reduce(jnp.max, jnp.abs(x), spec)
         return _usable(top / _top_level(spec)), None
@@ -65,26 +67,20 @@ def _usable(scale: Scale) -> Scale:
 
 
 def _reduce(op: Callable[..., Array], x: Float[Array, "..."], spec: Spec) -> Scale:
-    axes = reduced_axes(spec, x.ndim)
-    if spec.group_size is not None:
-        axis = group_axis(x.ndim) % x.ndim
-        groups = x.shape[axis] // spec.group_size
-        x = x.reshape(*x.shape[:axis], groups, spec.group_size, *x.shape[axis + 1 :])
-        return op(x, axis=axis + 1, initial=0.0)
-    found = op(x, axis=axes, keepdims=True, initial=0.0)
-    if x.ndim >= 3 and found.shape[0] != x.shape[0]:
-        # one row of scales per entry of the leading axis, so that `scan` and `vmap` may map over it
-        found = jnp.broadcast_to(found, (x.shape[0], *found.shape[1:]))
-    return found
+    if spec.group_size is None:
+        return op(x, axis=reduced_axes(spec, x.ndim), keepdims=True, initial=0.0)
+    axis = (spec.group_axis or -1) % x.ndim
+    groups = x.shape[axis] // spec.group_size
+    x = x.reshape(*x.shape[:axis], groups, spec.group_size, *x.shape[axis + 1 :])
+    return op(x, axis=axis + 1, initial=0.0)
 
 
 def spread(scale: Zero, shape: tuple[int, ...]) -> Zero:
     """Scales that broadcast against `shape`: groups repeated over their entries."""
-    if not shape:
-        return scale
-    axis = group_axis(len(shape))
-    n, count = shape[axis], scale.shape[axis]
-    return scale if count in (1, n) else jnp.repeat(scale, n // count, axis=axis)
+    for axis, (n, count) in enumerate(zip(shape, scale.shape, strict=True)):
+        if count not in (1, n):
+            scale = jnp.repeat(scale, n // count, axis=axis)
+    return scale
 
 
 @jax.jit

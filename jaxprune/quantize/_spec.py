@@ -1,12 +1,13 @@
 """What to quantize to: the number format and the granularity of the scales."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _checks
+from jaxprune._uses import Uses, conventions
 
 FORMATS = ("int8", "int4", "int2", "float8_e4m3fn", "nf4")
 _BITS = {"int8": 8, "int4": 4, "int2": 2, "float8_e4m3fn": 8, "nf4": 4}
@@ -20,17 +21,20 @@ class Spec:
       bits: 8, 4 or 2: integers of that width. Left out where `dtype` is given.
       symmetric: integers in `[-q, q]` with `q = 2^(bits - 1) - 1` and no zero point; else integers in
         `[-q - 1, q]` with a zero point, so that 0 is always exact.
-      group_size: entries per scale along the contracted axis -2 (axis -1 of a vector); it must divide
-        the axis. `None`: one scale per channel.
+      group_size: entries per scale along `group_axis`, which it must divide; every other axis keeps
+        scales of its own. `None`: one scale per channel.
       dtype: a format's name instead of `bits`: `"int8"`, `"int4"`, `"int2"`, `"float8_e4m3fn"`,
         `"nf4"`. The last two are symmetric.
-      granularity: `"channel"` (one scale per entry of the last axis; three-axis arrays are read as
-        stacked matrices and keep their first axis too, as do arrays of five axes and more) or
-        `"tensor"` (one scale in all). Not used with `group_size`.
+      granularity: `"channel"` (one scale per entry of the channel axes) or `"tensor"` (one scale in all,
+        of stacked layers one each). Not with `group_size`.
       full_range: symmetric integers in `[-q - 1, q]` with steps of `absmax / (q + 1/2)`, as qwix has
         them: one level more, and the largest weight a little less exact.
-      channel_axis: the axis whose entries have scales of their own: -1, for kernels of (in, out), or -2,
-        for matrices of (out, in) that are transposed before use. Only without `group_size`.
+      channel_axis: the axis, or axes, whose entries have scales of their own, counted from the end; axes
+        of stacked layers are added to a single one. `None`: what the leaf's uses say, its free and
+        stacked axes; without uses the last axis and, of three axes and more, the first. Only without
+        `group_size`.
+      group_axis: the axis of groups, counted from the end. `None`: what the leaf's uses say, its
+        innermost contracted axis; without uses -2 (of a vector -1).
 
     Raises:
       ValueError: an unknown format, granularity or group size, or an asymmetric float format.
@@ -46,7 +50,8 @@ class Spec:
     dtype: Any = None
     granularity: str = "channel"
     full_range: bool = False
-    channel_axis: int = -1
+    channel_axis: int | tuple[int, ...] | None = None
+    group_axis: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is None:
@@ -54,14 +59,31 @@ class Spec:
         else:
             name = _format_name(self.dtype)
             _checks.choice("dtype", name, FORMATS)
+            if self.bits not in (8, _BITS[name]):
+                raise ValueError(
+                    f"bits, dtype: {self.bits} bits contradict {name!r}; give one of them"
+                )
             # one form for each format, so that equal formats are equal specs
             object.__setattr__(self, "bits", _BITS[name])
             object.__setattr__(self, "dtype", None if name.startswith("int") else name)
         if self.group_size is not None:
             _checks.positive_int("group_size", self.group_size)
-        _checks.choice("channel_axis", self.channel_axis, (-1, -2))
-        if self.channel_axis == -2 and self.group_size is not None:
-            raise ValueError("channel_axis: groups lie along axis -2; expected -1 with group_size")
+            if self.channel_axis is not None:
+                raise ValueError(
+                    "channel_axis, group_size: groups have scales of their own; give one"
+                )
+            if self.granularity == "tensor":
+                raise ValueError("granularity, group_size: 'tensor' contradicts groups; give one")
+        elif self.group_axis is not None:
+            raise ValueError("group_axis: needs group_size")
+        if not isinstance(self.channel_axis, int | None):
+            object.__setattr__(self, "channel_axis", tuple(sorted(self.channel_axis)))
+        for axis in (*_axes(self.channel_axis), *_axes(self.group_axis)):
+            if isinstance(axis, bool) or not isinstance(axis, int) or axis >= 0:
+                raise ValueError(
+                    "channel_axis, group_axis: expected axes counted from the end (-1 is the last), "
+                    f"got {axis!r}"
+                )
         _checks.choice("granularity", self.granularity, ("channel", "tensor"))
         if not self.symmetric and self.format in ("float8_e4m3fn", "nf4"):
             raise ValueError(
@@ -79,6 +101,10 @@ class Spec:
         return _BITS[self.format]
 
 
+def _axes(given: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    return () if given is None else given if isinstance(given, tuple) else (given,)
+
+
 def _format_name(dtype: Any) -> str:
     if isinstance(dtype, str):
         return dtype
@@ -88,40 +114,45 @@ def _format_name(dtype: Any) -> str:
         return str(dtype)
 
 
-def check_fits(spec: Spec, path: str, shape: tuple[int, ...]) -> None:
-    """Raises `ValueError` where `spec`'s groups do not divide a leaf."""
-    wanted = spec.group_size
-    if wanted is None:
-        return
+def resolved(spec: Spec, path: str, shape: tuple[int, ...], uses: Uses | None = None) -> Spec:
+    """A spec with the axes that it has on a leaf, from the leaf's uses or by convention.
+
+    Raises:
+      ValueError: an axis that the leaf does not have, or groups that do not divide it; the message names
+        the leaf, and what would do.
+    """
+    ndim = len(shape)
+    known = uses or conventions([path], [shape])[0].uses
+    for axis in (spec.channel_axis, spec.group_axis):
+        if isinstance(axis, int) and axis < -ndim:
+            raise ValueError(
+                f"channel_axis, group_axis: leaf {path!r} of shape {shape} has no axis {axis}; leave it "
+                "out with where= or rules="
+            )
+    if spec.group_size is None:
+        stacked = tuple(axis for axis in known.stacked if axis >= -ndim)
+        if spec.granularity == "tensor":
+            return replace(spec, channel_axis=stacked)
+        given = spec.channel_axis
+        axes = given if isinstance(given, tuple) else (*stacked, *_axes(given))
+        return replace(spec, channel_axis=known.channel_axes if given is None else tuple({*axes}))
     if not shape:
         raise ValueError(f"group_size: leaf {path!r} is a scalar and has no axis to group")
-    axis = group_axis(len(shape))
+    axis = known.group_axis(ndim) if spec.group_axis is None else spec.group_axis
+    wanted = spec.group_size
     if shape[axis] % wanted:
         divisors = [d for d in range(1, shape[axis] + 1) if shape[axis] % d == 0]
         near = min(divisors, key=lambda d: abs(d - wanted), default=1)
         raise ValueError(
             f"group_size: {wanted} does not divide axis {axis} of leaf {path!r} with shape "
-            f"{shape}; use {near}, None, or leave the leaf out with where= or rules="
+            f"{shape}; use {near}, None, another group_axis, or leave the leaf out with where= or rules="
         )
-
-
-def group_axis(ndim: int) -> int:
-    """The axis along which groups lie, counted from the end."""
-    return -2 if ndim >= 2 else -1
+    return replace(spec, group_axis=axis)
 
 
 def reduced_axes(spec: Spec, ndim: int) -> tuple[int, ...]:
-    """The axes that share a scale, counted from the end; groups aside."""
-    if ndim == 0:
-        return ()
-    if spec.granularity == "tensor" and spec.group_size is None:
-        return tuple(range(-ndim, 0))
-    if ndim == 1:
-        return (-1,)
-    if spec.group_size is not None:
-        return (-2,)
-    kept = {spec.channel_axis} | ({-ndim} if ndim == 3 or ndim >= 5 else set())
-    return tuple(axis for axis in range(-ndim, 0) if axis not in kept)
+    """The axes that share a scale, counted from the end, of a resolved spec without groups."""
+    return tuple(axis for axis in range(-ndim, 0) if axis not in _axes(spec.channel_axis))
 
 
 def integer_range(spec: Spec) -> tuple[int, int]:

@@ -8,8 +8,9 @@ import jax
 
 from jaxprune import _trees
 from jaxprune._types import Params, PyTree, Where, is_compressed
+from jaxprune._uses import conventions
 from jaxprune.quantize._array import QuantizedArray, quantize, refuse_non_finite
-from jaxprune.quantize._spec import Spec, check_fits
+from jaxprune.quantize._spec import Spec, resolved
 
 Rules = Sequence[tuple[str, Spec | int | None]]
 
@@ -22,11 +23,13 @@ def quantize_tree(
     group_size: int | None = None,
     dtype: Any = None,
     granularity: str = "channel",
-    channel_axis: int = -1,
+    channel_axis: int | tuple[int, ...] | None = None,
+    group_axis: int | None = None,
     rules: Rules | None = None,
+    uses: Any = None,
     where: Where = None,
 ) -> PyTree:
-    """Replaces weights by `QuantizedArray` leaves; what is not selected stays as it is.
+    """Quantize weights to `QuantizedArray` leaves, post-training; what is not selected stays as it is.
 
     Works leaf by leaf: beyond input and output, at most one leaf is held in memory. Of clustered leaves
     the codebook is quantized, of factorised ones the factors.
@@ -38,19 +41,27 @@ def quantize_tree(
       group_size: entries per scale along the contracted axis; `None` for one scale per channel.
       dtype: `"float8_e4m3fn"`, `"nf4"` or an integer format's name, instead of `bits`.
       granularity: `"channel"` or `"tensor"`.
-      channel_axis: the axis whose entries have scales of their own: -2 for matrices of (out, in).
+      channel_axis, group_axis: where scales lie, instead of what `uses` says; see `jp.quantize.Spec`.
       rules: `[(regex, spec), …]`; the first regex that matches a path in full decides: a `Spec`, a
         number of bits, or `None` to leave the leaf dense. A path without a match is treated as the
         other arguments say. Matching leaves are quantized whether or not `where` selects them.
-      where: which leaves are quantized; by default floating leaves with two axes or more.
+      uses: of `jp.uses(fn, params, *args)`, or a graph or statistics that carry them: channels are the
+        free axes of each leaf, groups lie along its contracted ones, and stacked layers or experts
+        never share a scale. Without, names and shapes decide: the last axis has the channels, and of
+        three axes and more the first keeps scales of its own, as layers do.
+      where: which leaves are quantized; by default the weights: what products, convolutions and
+        look-ups use, or, without `uses`, floating leaves with two axes or more that are no biases or
+        norms by their names.
 
     Returns:
       The tree with `QuantizedArray` leaves.
 
     Raises:
       ValueError: an unsupported format, a group size that does not divide a leaf, NaN or infinity
-        (unless traced), a pattern that matches nothing.
-      UserWarning: (a warning) a rule that decided no leaf.
+        (unless traced), a pattern that matches nothing, uses of another tree.
+
+    Warns:
+      UserWarning: a rule that decided no leaf; leaves of three axes and more, read without `uses`.
 
     Example:
       >>> tree = jp.quantize_tree({"w": jnp.ones((64, 64)), "b": jnp.ones(64)}, bits=4)
@@ -64,12 +75,10 @@ def quantize_tree(
         dtype=dtype,
         granularity=granularity,
         channel_axis=channel_axis,
+        group_axis=group_axis,
     )
-    specs = specs_for(params, base, rules, where)
+    specs = specs_for(params, base, rules, where, uses)
     paths, leaves, treedef = _trees.flatten(params)
-    for path, leaf, spec in zip(paths, leaves, specs, strict=True):
-        if spec is not None and not has_parts(leaf):
-            check_fits(spec, path, leaf.shape)
     out, names, flags = list(leaves), [], []
     for i, (path, leaf, spec) in enumerate(zip(paths, leaves, specs, strict=True)):
         if spec is None:
@@ -91,10 +100,49 @@ def has_parts(leaf: Any) -> bool:
     return callable(getattr(type(leaf), "quantized", None))
 
 
-def specs_for(params: Params, base: Spec, rules: Rules | None, where: Where) -> list[Spec | None]:
-    """The spec of each leaf, in flatten order; `None` where it stays dense."""
+def specs_for(
+    params: Params, base: Spec, rules: Rules | None, where: Where, uses: Any = None
+) -> list[Spec | None]:
+    """The spec of each leaf with its axes, in flatten order; `None` where it stays dense.
+
+    Of leaves made of others, which are quantized in their stead, as it was given.
+    """
     paths, leaves, _ = _trees.flatten(params)
-    chosen = _trees.select(params, where)
+    specs = _chosen_specs(params, base, rules, where, uses)
+    known = _trees.uses_of(params, uses)
+    if uses is None:
+        _tell_ambiguous(paths, leaves, specs)
+    return [
+        spec if spec is None or has_parts(leaf) else resolved(spec, path, tuple(leaf.shape), use)
+        for path, leaf, spec, use in zip(paths, leaves, specs, known, strict=True)
+    ]
+
+
+def _tell_ambiguous(paths: list[str], leaves: list[Any], specs: list[Spec | None]) -> None:
+    """Warns of leaves whose channels could be others than the last and the first axis."""
+    shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+    odd = [
+        f"{path!r} {shape}"
+        for path, shape, spec, known in zip(
+            paths, shapes, specs, conventions(paths, shapes), strict=True
+        )
+        if spec is not None and spec.channel_axis is spec.group_axis is None and not known.is_sure
+    ]
+    if odd:
+        warnings.warn(
+            f"quantize: {len(odd)} leaves of three axes and more are read as stacks along their first "
+            f"axis, such as {odd[0]}; pass uses=jp.uses(fn, params, *inputs) for the scales that the "
+            "function needs",
+            stacklevel=4,
+        )
+
+
+def _chosen_specs(
+    params: Params, base: Spec, rules: Rules | None, where: Where, uses: Any
+) -> list[Spec | None]:
+    """The spec of each leaf as given, by rules and selection."""
+    paths, leaves, _ = _trees.flatten(params)
+    chosen = _trees.select(params, where, uses=uses)
     specs: list[Spec | None] = [base if hit else None for hit in chosen]
     patterns = []
     for number, rule in enumerate(rules or ()):
@@ -118,7 +166,7 @@ def specs_for(params: Params, base: Spec, rules: Rules | None, where: Where) -> 
                 if shadowed
                 else _trees.no_match(pattern.pattern, floating, parameter="rules")
             )
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(text, stacklevel=4)
     return specs
 
 
