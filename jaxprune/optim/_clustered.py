@@ -44,6 +44,7 @@ def clustered(
     every: int = 1,
     iterations: int = 2,
     preserve_zeros: bool = False,
+    uses: Any = None,
     where: Where = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Train with shared values: after `optax.apply_updates`, weights lie on `2 ** bits` centroids
@@ -60,7 +61,8 @@ def clustered(
       every: steps between two updates of centroids, at least 1; weights change clusters in every step.
       iterations: of Lloyd's algorithm at each.
       preserve_zeros: weights that are 0 at `init` stay exactly 0, and one centroid less serves the rest.
-      where: which leaves; by default floating leaves with two axes or more.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights.
+      where: which leaves; by default the weights: as `uses` says, else by shapes and names.
 
     Returns:
       A transform whose state is a `ClusteredState`.
@@ -92,15 +94,15 @@ def clustered(
         if is_empty(params):  # a placeholder of `optax.tree.map_params`
             return ClusteredState(jnp.zeros((), jnp.int32), params, params, inner.init(params))
         for path, leaf, hit in zip(
-            *_trees.flatten(params)[:2], _trees.select(params, where), strict=True
+            *_trees.flatten(params)[:2], _trees.select(params, where, uses=uses), strict=True
         ):
             if hit and is_compressed(leaf):
                 raise TypeError(f"params: leaf {path!r} {cure(leaf)}")
         other = lambda _: jnp.zeros(())
         copy = lambda x: jnp.array(x, _wide(x), copy=True)
         start = lambda x: jax.jit(_started, static_argnums=(1, 2))(x, clusters, preserve_zeros)
-        latent = _trees.map_selected(copy, other, params, where=where)
-        centers = _trees.map_selected(start, other, params, where=where)
+        latent = _trees.map_selected(copy, other, params, where=where, uses=uses)
+        centers = _trees.map_selected(start, other, params, where=where, uses=uses)
         return ClusteredState(jnp.zeros((), jnp.int32), latent, centers, inner.init(params))
 
     def update(

@@ -1,6 +1,7 @@
 """Masks that grow with training."""
 
 import inspect
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -64,9 +65,8 @@ def gradual(
       scope: `"global"` or `"leaf"`, see `jp.masks.from_scores`.
       pattern: `None`, `Block`, `Channel` or `NM`; or `jp.structure.Units` for structured pruning, after
         which `jp.compact(fn, params, jp.optim.get_masks(state), *args)` makes the model smaller.
-      uses: of `jp.uses(fn, params, *args)`: which leaves are weights, where patterns lie, and which axes
-        stack layers; see `jp.masks.from_scores`.
-      where: which leaves are pruned; by default the weights.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights, and where patterns lie.
+      where: which leaves are pruned; by default the weights: as `uses` says, else by shapes and names.
       every: look at the schedule only at every so many steps, at least 1.
       min_keep: weights that each leaf keeps at least, with `scope="leaf"`.
 
@@ -100,9 +100,11 @@ def gradual(
     inner = optax.with_extra_args_support(inner)
     needs_grads = _takes_gradients(scores)
 
+    select = partial(from_scores, scope=scope, pattern=pattern, uses=uses, min_keep=min_keep)
+
     def score(params: Params, grads: Params) -> Scores:
         found = scores(params, grads) if needs_grads else scores(params)
-        if where is None and scores is not _trees.magnitudes:
+        if where is None and uses is None and scores is not _trees.magnitudes:
             return found
         return _trees.restrict(found, params, where, uses=uses)
 
@@ -112,7 +114,7 @@ def gradual(
             score(params, grads),
             masks,
         )
-        new = from_scores(found, target, scope=scope, pattern=pattern, uses=uses, min_keep=min_keep)
+        new = select(found, target)
         return jax.tree.map(lambda m, old: jnp.broadcast_to(m, old.shape), new, masks)
 
     def init(params: Params) -> GradualState:
@@ -124,13 +126,13 @@ def gradual(
     def unpruned(params: Params) -> Masks:
         shapes = jax.eval_shape(score, params, params)
         paths, leaves, treedef = _trees.flatten(params)
-        scored, known = treedef.flatten_up_to(shapes), _trees.uses_of(params, uses)
-        for path, leaf, s, use in zip(paths, leaves, scored, known, strict=True):
+        columns = leaves, treedef.flatten_up_to(shapes), _trees.uses_of(params, uses)
+        for path, leaf, s, use in zip(paths, *columns, strict=True):
             _checks.broadcasts("scores", path, s.shape, jnp.shape(leaf))
             if not isinstance(pattern, TreePattern) and s.shape:
                 pattern_on(pattern, path, s.shape, use)
         if isinstance(pattern, TreePattern):
-            fresh = lambda scores: from_scores(scores, jnp.float32(0), scope=scope, pattern=pattern)
+            fresh = lambda scores: select(scores, jnp.float32(0))
             masks = jax.tree.map(lambda m: jnp.ones(m.shape, bool), jax.eval_shape(fresh, shapes))
         else:
             masks = _trees.map_with_path(_all_true, params, shapes)
