@@ -284,7 +284,8 @@ def attach(
         kept(k, group.size)
     if not chosen:
         raise ValueError(
-            "groups: nothing to gate: no product of the top level reads units that can close"
+            "groups: nothing to gate: no product of the top level reads units that can close; inside of "
+            f"loops, branches or functions with own gradients: {', '.join(known) or 'none'}"
         )
     how = {"method": method, "k": k, "reduction": reduction, "temperature": temperature}
     return GatedFunction(graph, chosen, readers, how)
