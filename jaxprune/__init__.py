@@ -7,17 +7,14 @@ runs on all, `distill` recovers accuracy, `gates` decide per input what runs, `e
 shows what was gained.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxprune import (
     budgets,
     calibration,
-    distill,
-    export,
-    gates,
-    linen,
     masks,
-    nnx,
     optim,
-    qat,
     quantize,
     schedules,
     scores,
@@ -56,6 +53,9 @@ from jaxprune.share import (
 )
 from jaxprune.sparse import SparseArray, sparsify_tree
 from jaxprune.structure import compact
+
+if TYPE_CHECKING:
+    from jaxprune import distill, export, gates, linen, nnx, qat
 
 __version__ = "0.1.0"
 
@@ -105,3 +105,15 @@ __all__ = [
     "unpack_masks",
     "uses",
 ]
+
+_WHEN_USED = ("distill", "export", "gates", "linen", "nnx", "qat")  # imports stay quick
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHEN_USED:
+        return importlib.import_module(f"jaxprune.{name}")
+    raise AttributeError(f"module 'jaxprune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHEN_USED})

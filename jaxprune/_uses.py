@@ -69,6 +69,10 @@ class Uses:
         rest = [i for i in range(-ndim, 0) if i not in self.channel_axes]
         return max(self.contracted or self.spatial or rest or (-1,))
 
+    def contracted_axis(self, ndim: int) -> int:
+        """The axis of N:M groups: `group_axis`; of vectors that nothing sums over one that is missing."""
+        return self.group_axis(ndim) if ndim > 1 or self.contracted else -2
+
 
 class Convention(NamedTuple):
     """What a leaf is taken for where no program was read.

@@ -43,7 +43,7 @@ SIBLINGS = {
 }
 ONLY = {
     "optax": {"optim", "cli"},
-    "flax": {"cli", "linen", "nnx"},
+    "flax": {"cli", "linen", "nnx", "optim"},  # optim: packed masks under flax.serialization
     "orbax": {"export"},
     "matplotlib": {"reports"},
 }

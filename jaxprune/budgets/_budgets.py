@@ -4,19 +4,22 @@ A budget is a tree like the parameters with one Python float per leaf, the fract
 that are not pruned get 0.
 """
 
+from typing import Any
+
 import numpy as np
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Params, PyTree, Where
 
 
-def uniform(params: Params, sparsity: float, *, where: Where = None) -> PyTree:
+def uniform(params: Params, sparsity: float, *, uses: Any = None, where: Where = None) -> PyTree:
     """The same sparsity for every selected leaf.
 
     Args:
       params: any tree of arrays, or of `jax.ShapeDtypeStruct`.
       sparsity: fraction to remove, in [0, 1].
-      where: which leaves are pruned; by default floating leaves with two axes or more.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights, and which axes stack layers.
+      where: which leaves are pruned; by default the weights.
 
     Returns:
       Tree like `params` of Python floats: `sparsity` where selected, else 0.
@@ -29,10 +32,12 @@ def uniform(params: Params, sparsity: float, *, where: Where = None) -> PyTree:
       {'b': 0.0, 'w': 0.8}
     """
     _checks.fraction("sparsity", sparsity)
-    return _trees.map_selected(lambda _: float(sparsity), lambda _: 0.0, params, where=where)
+    return _trees.map_selected(
+        lambda _: float(sparsity), lambda _: 0.0, params, where=where, uses=uses
+    )
 
 
-def erk(params: Params, sparsity: float, *, where: Where = None) -> PyTree:
+def erk(params: Params, sparsity: float, *, uses: Any = None, where: Where = None) -> PyTree:
     """Erdős–Rényi-Kernel: the density of a leaf is proportional to `sum(shape) / prod(shape)`.
 
     Small leaves stay denser than large ones. Where the rule would give a leaf a density above 1 it
@@ -41,7 +46,8 @@ def erk(params: Params, sparsity: float, *, where: Where = None) -> PyTree:
     Args:
       params: any tree of arrays, or of `jax.ShapeDtypeStruct`.
       sparsity: fraction to remove of the selected leaves together, in [0, 1].
-      where: which leaves are pruned; by default floating leaves with two axes or more.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights, and which axes stack layers.
+      where: which leaves are pruned; by default the weights.
 
     Returns:
       Tree like `params` of Python floats in [0, 1].
@@ -58,9 +64,11 @@ def erk(params: Params, sparsity: float, *, where: Where = None) -> PyTree:
     """
     _checks.fraction("sparsity", sparsity)
     _, leaves, treedef = _trees.flatten(params)
-    chosen = [i for i, hit in enumerate(_trees.select(params, where)) if hit and _size(leaves[i])]
-    sizes = np.array([_size(leaves[i]) for i in chosen], float)
-    raw = np.array([sum(leaves[i].shape) / max(_size(leaves[i]), 1) for i in chosen])
+    selected = _trees.select(params, where, uses=uses)
+    chosen = [i for i, hit in enumerate(selected) if hit and _size(leaves[i].shape)]
+    sizes = np.array([_size(leaves[i].shape) for i in chosen], float)
+    stacked = [() if uses is None else use.stacked for use in _trees.uses_of(params, uses)]
+    raw = np.array([_density(leaves[i].shape, stacked[i]) for i in chosen])
     densities = _scaled(raw, sizes, (1.0 - float(sparsity)) * sizes.sum())
     fractions = [0.0] * len(leaves)
     for i, density in zip(chosen, densities, strict=True):
@@ -68,8 +76,14 @@ def erk(params: Params, sparsity: float, *, where: Where = None) -> PyTree:
     return treedef.unflatten(fractions)
 
 
-def _size(leaf: object) -> int:
-    return int(np.prod(getattr(leaf, "shape", ())))
+def _size(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape))
+
+
+def _density(shape: tuple[int, ...], stacked: tuple[int, ...]) -> float:
+    """Relative density of each layer of a leaf."""
+    layer = [n for i, n in enumerate(shape) if i - len(shape) not in stacked]
+    return sum(layer) / max(_size(tuple(layer)), 1)
 
 
 def _scaled(raw: np.ndarray, sizes: np.ndarray, total: float) -> np.ndarray:

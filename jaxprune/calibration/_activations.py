@@ -20,9 +20,10 @@ def quantize_activations(
     mode: str | None = None,
     symmetric: bool = True,
     dtype: str = "int8",
-    range: str = "absmax",
-    percentile: float = 0.9999,
+    range: str | None = None,
+    percentile: float | None = None,
     training: str = "fixed",
+    uses: Any = None,
     where: Where = None,
 ) -> PyTree:
     """Lets weights say how what multiplies them is quantized when `jp.compressed` runs them.
@@ -38,17 +39,20 @@ def quantize_activations(
       symmetric: static codes in `[-q, q]` without a zero point; else the whole range with one, which
         activations that are never negative (after a ReLU) use fully.
       dtype: of dynamic codes: `"int8"` or `"float8_e4m3fn"`.
-      range: what static codes cover: `"absmax"`, `"moving_average"`, `"percentile"` or `"mse"`; the last
-        two need `calibrate(..., histogram=True)`.
-      percentile: fraction of entries that `"percentile"` keeps inside, in (0, 1].
+      range: what static codes cover: `"absmax"` (by default), `"moving_average"`, `"percentile"` or
+        `"mse"`; the last two need `calibrate(..., histogram=True)`.
+      percentile: fraction of entries that `range="percentile"` keeps inside, in (0, 1]; 0.9999 by
+        default.
       training: the gradient of a static scale: `"fixed"` (none), `"lsq"` or `"pact"`; see `jp.qat`.
-      where: which leaves; by default floating leaves with two axes or more.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights; by default what `stats` carry.
+      where: which leaves; by default the weights.
 
     Returns:
       The tree with `jp.quantize.ActivationQuantized` leaves.
 
     Raises:
-      ValueError: statistics missing or of another tree, unknown names, a range that needs a histogram.
+      ValueError: statistics missing or of another tree, unknown names, a range that needs a histogram,
+        arguments that contradict each other or that the mode does not read.
 
     Example:
       >>> params = {"w": jnp.ones((3, 2))}
@@ -63,6 +67,8 @@ def quantize_activations(
     """
     mode = mode or ("dynamic" if stats is None else "static")
     _checks.choice("mode", mode, ("static", "dynamic"))
+    _refuse_conflicts(mode, stats, bits, symmetric, dtype, range, percentile, training)
+    range, percentile = range or "absmax", 0.9999 if percentile is None else percentile
     _checks.choice("range", range, METHODS)
     _checks.choice("training", training, ("fixed", "lsq", "pact"))
     _checks.choice("dtype", dtype, ("int8", "float8_e4m3fn"))
@@ -71,14 +77,12 @@ def quantize_activations(
     if not 0 < percentile <= 1:
         raise ValueError(f"percentile: expected a fraction in (0, 1], got {percentile}")
     paths, leaves, treedef = _trees.flatten(tree)
-    chosen = _trees.select(tree, where)
+    chosen = _trees.select(tree, where, uses=stats if uses is None else uses)
     if mode == "dynamic":
         how = DynamicInput(dtype)
         return treedef.unflatten(
             _with(leaf, how) if hit else leaf for leaf, hit in zip(leaves, chosen, strict=True)
         )
-    if stats is None:
-        raise ValueError("stats: static scales need those of calibrate(fn, params, batches)")
     found = stats_leaves(stats, paths)
     out = list(leaves)
     for i, (path, leaf, hit, stat) in enumerate(zip(paths, leaves, chosen, found, strict=True)):
@@ -94,6 +98,40 @@ def quantize_activations(
             leaf, scale_of_range(*ends, symmetric=symmetric, bits=bits, training=training)
         )
     return treedef.unflatten(out)
+
+
+def _refuse_conflicts(
+    mode: str,
+    stats: PyTree | None,
+    bits: int,
+    symmetric: bool,
+    dtype: str,
+    range: str | None,
+    percentile: float | None,
+    training: str,
+) -> None:
+    """Raises `ValueError` where arguments contradict the mode or each other."""
+    if percentile is not None and range != "percentile":
+        raise ValueError(f"percentile, range: {percentile} is read with range='percentile' only")
+    if mode == "static":
+        if stats is None:
+            raise ValueError("stats: static scales need those of calibrate(fn, params, batches)")
+        if dtype != "int8":
+            raise ValueError(f"dtype: {dtype!r} is for dynamic codes; static ones take bits=")
+        return
+    given = {
+        "stats": stats is not None,
+        "bits": bits != 8,
+        "symmetric": not symmetric,
+        "range": range is not None,
+        "training": training != "fixed",
+    }
+    odd = [name for name, hit in given.items() if hit]
+    if odd:
+        raise ValueError(
+            f"{', '.join(odd)}: dynamic codes are 8 bits with one symmetric scale per row; leave out "
+            "what only static ones have, or give stats and mode='static'"
+        )
 
 
 def scale_of_range(low: Any, high: Any, *, symmetric: bool, bits: int, training: str) -> InputScale:

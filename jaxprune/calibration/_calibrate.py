@@ -1,5 +1,6 @@
 """Running a function on data, and noting what reaches its weights."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,6 +13,8 @@ from rich.progress import track
 
 from jaxprune import _trees
 from jaxprune._types import Params, PyTree, Where
+from jaxprune._uses import Uses
+from jaxprune.calibration._rows import row_weights, rows_that_count
 from jaxprune.calibration._stats import Stats, averaged, empty, finished, merged, nothing, sums
 from jaxprune.program import (
     Executor,
@@ -25,6 +28,7 @@ from jaxprune.program import (
     layout_of,
     standard,
     trace_program,
+    uses_of_program,
 )
 
 
@@ -36,6 +40,7 @@ def calibrate(
     second_moment: bool = False,
     histogram: bool = False,
     decay: float = 0.99,
+    weights: str | Callable[..., Any] | None = "auto",
     where: Where = None,
 ) -> PyTree:
     """Runs a function on data and records what multiplies each weight.
@@ -52,10 +57,18 @@ def calibrate(
       second_moment: also the mean of x xᵀ, (features, features) per weight.
       histogram: also a histogram of magnitudes, which percentiles and the smallest error need.
       decay: of the moving averages of each batch's range, in [0, 1).
-      where: which leaves are recorded; by default floating leaves with two axes or more.
+      weights: which rows count, so that padding does not: `(*batch) -> array` of numbers >= 0, with the
+        shape of the leading axes of what multiplies weights, such as (batch, tokens); or the name of an
+        argument of `fn` that holds them; `None`: all rows. By default (`"auto"`) an argument named
+        `mask`, `attention_mask` or `padding_mask` where it has such a shape, and a warning says so.
+      where: which leaves are recorded; by default the weights of the traced function.
 
     Returns:
-      The tree of `params` with a `Stats` for each leaf.
+      The tree of `params` with a `Stats` for each leaf; it carries what the function uses each for, so
+      that it serves as `uses=` too.
+
+    Warns:
+      UserWarning: a mask among the arguments was taken for weights of rows.
 
     Raises:
       ValueError: no batches; a NaN or an infinity reaches a weight (named, with the batch).
@@ -74,9 +87,13 @@ def calibrate(
     if not 0 <= decay < 1:
         raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
     paths, leaves, treedef = _trees.flatten(params)
-    wanted = {p for p, hit in zip(paths, _trees.select(params, where), strict=True) if hit}
+    if where is not None:
+        _trees.select(params, where)  # a bad `where` fails before any work
+    counting = rows_that_count(fn, weights)
+    known: dict[str, Uses] = {}
     axes: dict[str, tuple[int, ...]] = {}
-    step = _step(fn, treedef, paths, wanted, axes, histogram=histogram, second_moment=second_moment)
+    recorded = {"histogram": histogram, "second_moment": second_moment}
+    step = _step(fn, treedef, paths, where, axes, known, counting, **recorded)
     total: dict[str, Any] = {}
     moving: dict[str, tuple[Any, Any]] = {}
     jitted = TraceCache()
@@ -95,7 +112,9 @@ def calibrate(
     if not len(jitted):
         raise ValueError("batches: expected at least one, got none (an exhausted iterator?)")
     return treedef.unflatten(
-        finished(total[path], moving[path], axes[path]) if path in total else empty()
+        finished(total[path], moving[path], axes[path], known[path])
+        if path in total
+        else empty(known[path])
         for path in paths
     )
 
@@ -107,7 +126,9 @@ def ranges_seen(
     names, leaves, treedef = _trees.flatten(params)
     inputs = inputs_of(args, kwargs)
     bound = lambda p, *arrays: _rebuilt(fn, inputs, p, list(arrays))
-    step = _step(bound, treedef, names, set(paths), {}, histogram=False, second_moment=False)
+    chosen = [re.escape(path) for path in paths]
+    recorded = {"histogram": False, "second_moment": False}
+    step = _step(bound, treedef, names, chosen, {}, {}, lambda args: None, **recorded)
     record = step(tuple(inputs.arrays))(leaves, inputs.arrays)
     return {path: (found["low"], found["high"]) for path, found in record.items()}
 
@@ -121,35 +142,45 @@ def _step(
     fn: Callable[..., Any],
     treedef: Any,
     paths: list[str],
-    wanted: set[str],
+    where: Where,
     axes: dict[str, tuple[int, ...]],
-    *,
-    histogram: bool,
-    second_moment: bool,
+    known: dict[str, Uses],
+    counting: Callable[[tuple[Any, ...]], Any],
+    **recorded: bool,
 ) -> Callable[[tuple[Any, ...]], Callable[..., dict[str, Any]]]:
-    def use(step: Step) -> HookResult:
-        found = operand_of(step)
-        if found is None:
-            return HookResult()
-        path, x, summed = found
-        if axes.setdefault(path, summed) != summed:
-            return (
-                HookResult()
-            )  # used the other way round, as tied embeddings are: its first use counts
-        return HookResult(record={path: sums(x, histogram=histogram, second_moment=second_moment)})
-
-    executor = Executor(
-        use, enters=lambda operation: True, dense=_told, merge=merged, neutral=nothing
-    )
+    """One batch as a function to jit; `axes` and `known` are filled while it is traced."""
 
     def for_inputs(args: tuple[Any, ...]) -> Callable[..., dict[str, Any]]:
+        inputs = inputs_of(args, {})
+
         def run(leaves: list[Any], arrays: list[Any]) -> dict[str, Any]:
             dense = [_trees.dense(leaf) for leaf in leaves]
-            program = trace_program(fn, treedef.unflatten(dense), *args)
+            params = treedef.unflatten(dense)
+            program = trace_program(fn, params, *args)
+            found = uses_of_program(program, [jnp.shape(x) for x in dense])
+            known.update(zip(paths, found, strict=True))
+            chosen = _trees.select(params, where, uses=treedef.unflatten(found))
             tracked = [
-                Tracked.of(x, path) if path in wanted else x
-                for path, x in zip(paths, dense, strict=True)
+                Tracked.of(x, path) if hit else x
+                for path, x, hit in zip(paths, dense, chosen, strict=True)
             ]
+            weights = counting(inputs.rebuild(arrays)[0])
+
+            def use(step: Step) -> HookResult:
+                operand = operand_of(step)
+                if operand is None:
+                    return HookResult()
+                path, x, summed, sizes = operand
+                # used the other way round, as tied embeddings are: its first use counts
+                if axes.setdefault(path, summed) != summed:
+                    return HookResult()
+                return HookResult(
+                    record={path: sums(x, row_weights(weights, x, sizes), **recorded)}
+                )
+
+            executor = Executor(
+                use, enters=lambda operation: True, dense=_told, merge=merged, neutral=nothing
+            )
             return executor.run(program, [*tracked, *arrays])[1]
 
         return run
@@ -167,9 +198,10 @@ def _told(operation: Operation | None, tracked: Tracked, reason: str) -> None:
         )
 
 
-def operand_of(step: Step) -> tuple[str, jax.Array, tuple[int, ...]] | None:
+def operand_of(step: Step) -> tuple[str, jax.Array, tuple[int, ...], tuple[int, ...]] | None:
     """What multiplies a tracked weight in a product or convolution: its path, the rows and features
-    (…, rows, features), features in the order of the weight's axes, and these axes.
+    (…, rows, features), features in the order of the weight's axes, these axes, and the sizes of the
+    axes that make the rows.
     """
     operation, operands, _ = step
     if not is_product(operation.name) or "dimension_numbers" not in operation.params:
@@ -187,11 +219,13 @@ def operand_of(step: Step) -> tuple[str, jax.Array, tuple[int, ...]] | None:
         rows = jnp.transpose(rows, (*range(first), *(first + i for i in order)))
         rank = len(layout.shape)
         axes = tuple(layout.contract[i] - rank for i in order)
-        return tracked.path, rows.reshape(*rows.shape[:first], -1), axes
+        return tracked.path, rows.reshape(*rows.shape[:first], -1), axes, layout.sizes
     return None if side == 0 else (tracked.path, *_patches(operation, tracked, x))
 
 
-def _patches(operation: Any, tracked: Tracked, x: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
+def _patches(
+    operation: Any, tracked: Tracked, x: jax.Array
+) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
     params = operation.params
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     window = [tracked.shape[i] for i in numbers.rhs_spec[2:]]
@@ -204,7 +238,7 @@ def _patches(operation: Any, tracked: Tracked, x: jax.Array) -> tuple[jax.Array,
         rhs_dilation=params["rhs_dilation"],
     )  # (batch, channels × window, space…)
     channels = tracked.shape[numbers.rhs_spec[1]]
-    n = patches.shape[0]
+    n, space = patches.shape[0], patches.shape[2:]
     patches = patches.reshape(n, groups, channels, *window, -1)
     # as the kernel lays out its inputs: per read axis (input channels and window) its place
     read = {numbers.rhs_spec[1]: 2, **{a: 3 + i for i, a in enumerate(numbers.rhs_spec[2:])}}
@@ -214,7 +248,8 @@ def _patches(operation: Any, tracked: Tracked, x: jax.Array) -> tuple[jax.Array,
     patches = jnp.transpose(patches, (0, 1, last, *(place for _, place in stored)))
     assert rank == len(read) + 1
     features = int(np.prod([channels, *window]))
-    return patches.reshape(-1, features), tuple(axis for axis, _ in stored)
+    axes = tuple(axis for axis, _ in stored)
+    return patches.reshape(-1, features), axes, (n, *space) if groups == 1 else (n, groups, *space)
 
 
 def _refuse_non_finite(record: dict[str, Any], batch: int) -> None:

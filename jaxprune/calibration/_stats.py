@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxprune._uses import Uses
+
 _PER_OCTAVE, _OCTAVES, _LOWEST = 32, 44, -28.0  # bins of magnitudes, from 2^-28 to 2^16
 _SAMPLE = 2**18
 
@@ -24,7 +26,7 @@ _LEAST = ("low",)
         "count", "mean", "mean_square", "absmax", "low", "high", "moving_low", "moving_high",
         "histogram", "second_moment",
     ),
-    meta_fields=("axes",),
+    meta_fields=("axes", "uses"),
 )  # fmt: skip
 @dataclass(frozen=True)
 class Stats:
@@ -35,13 +37,16 @@ class Stats:
     maps over have a leading axis everywhere, as have batched products (experts) in features.
 
     Attributes:
-      count: rows seen; 0 for a leaf that multiplies nothing, whose other fields are empty.
+      count: rows seen, or the sum of their weights; of batched products (experts) one each, of rows
+        that are not all zero, as unused slots are. 0 for a leaf that multiplies nothing, whose other
+        fields are empty.
       mean, mean_square, absmax: (features,).
       low, high: least and largest entry.
       moving_low, moving_high: moving averages of each batch's.
       histogram: (2, bins) counts of negative and other entries by magnitude, or `None`.
       second_moment: (features, features), the mean of x xᵀ, or `None`.
       axes: the weight's summed axes, counted from the end, ascending.
+      uses: what the calibrated function does with the leaf, see `jp.uses`.
     """
 
     count: Array
@@ -55,40 +60,54 @@ class Stats:
     histogram: Array | None
     second_moment: Array | None
     axes: tuple[int, ...]
+    uses: Uses
 
 
-def empty() -> Stats:
+def empty(uses: Uses) -> Stats:
     """Of a leaf that multiplies nothing."""
     none, zero = jnp.zeros((0,)), jnp.zeros(())
-    return Stats(zero, none, none, none, zero, zero, zero, zero, None, None, ())
+    return Stats(zero, none, none, none, zero, zero, zero, zero, None, None, (), uses)
 
 
 def sums(
-    x: Float[Array, "*lead rows features"], *, histogram: bool, second_moment: bool
+    x: Float[Array, "*lead rows features"],
+    weights: Float[Array, "*lead rows"] | None = None,
+    *,
+    histogram: bool,
+    second_moment: bool,
 ) -> dict[str, Array]:
-    """What `merged` adds up and `finished` turns into `Stats`."""
+    """What `merged` adds up and `finished` turns into `Stats`; rows of weight 0 are not looked at."""
     x = x.astype(jnp.float32)
+    if weights is None:
+        weights = jnp.ones(x.shape[-2], jnp.float32)
+    counts = (weights > 0)[..., None]
+    x = jnp.where(counts, x, 0.0)
+    weighted = x * weights[..., None]
     found = {
-        "count": jnp.float32(x.shape[-2]),
-        "total": jnp.sum(x, -2),
-        "squares": jnp.sum(x * x, -2),
+        "count": jnp.sum(weights, -1),
+        "total": jnp.sum(weighted, -2),
+        "squares": jnp.sum(x * weighted, -2),
         "absmax": jnp.max(jnp.abs(x), -2, initial=0.0),
-        "low": jnp.min(x, initial=jnp.inf),
-        "high": jnp.max(x, initial=-jnp.inf),
+        "low": jnp.min(x, initial=jnp.inf, where=counts),
+        "high": jnp.max(x, initial=-jnp.inf, where=counts),
     }
     if histogram:
-        found["histogram"] = _histogram(x.reshape(-1))
+        found["histogram"] = _histogram(
+            x.reshape(-1), jnp.broadcast_to(weights[..., None], x.shape).reshape(-1)
+        )
     if second_moment:
-        found["products"] = jnp.einsum("...rf,...rg->...fg", x, x)
+        found["products"] = jnp.einsum("...rf,...rg->...fg", x, weighted)
     return found
 
 
-def _histogram(x: Float[Array, "n"]) -> Float[Array, "2 bins"]:
-    x = x[:: -(-x.size // _SAMPLE)] if x.size else x
+def _histogram(x: Float[Array, "n"], weights: Float[Array, "n"]) -> Float[Array, "2 bins"]:
+    step = max(-(-x.size // _SAMPLE), 1)
+    x, weights = x[::step], weights[::step]
     size = jnp.maximum(jnp.abs(x), 2.0**_LOWEST)
     place = jnp.floor((jnp.log2(size) - _LOWEST) * _PER_OCTAVE).astype(jnp.int32)
     place = jnp.clip(place, 0, _PER_OCTAVE * _OCTAVES - 1)
-    return jnp.zeros((2, _PER_OCTAVE * _OCTAVES)).at[(x >= 0).astype(jnp.int32), place].add(1.0)
+    bins = jnp.zeros((2, _PER_OCTAVE * _OCTAVES))
+    return bins.at[(x >= 0).astype(jnp.int32), place].add(weights)
 
 
 def magnitudes() -> np.ndarray:
@@ -124,7 +143,9 @@ def merged(path: str, records: list[dict[str, Array]], stacked: bool) -> dict[st
     return {key: join(key, ops[key]) for key in records[0]}
 
 
-def finished(record: dict[str, Any], moving: tuple[Any, Any], axes: tuple[int, ...]) -> Stats:
+def finished(
+    record: dict[str, Any], moving: tuple[Any, Any], axes: tuple[int, ...], uses: Uses
+) -> Stats:
     """Means of the sums."""
     count = record["count"]
     rows = lambda x: (
@@ -142,4 +163,5 @@ def finished(record: dict[str, Any], moving: tuple[Any, Any], axes: tuple[int, .
         record.get("histogram"),
         None if products is None else rows(products),
         axes,
+        uses,
     )

@@ -9,38 +9,28 @@ from jaxprune.distill._contrastive import CRDState, crd, crd_init, self_supervis
 from jaxprune.distill._drop_layers import drop_layers
 from jaxprune.distill._features import (
     activation_boundary,
-    attention_transfer,
     batch_normalized,
     cosine,
-    dist_plus,
     factor_transfer,
-    fsp,
-    hierarchical_context,
     hint,
     kta,
     mgd,
-    nst,
     pad,
-    resized,
     srd,
     vid,
     whitened_mse,
 )
-from jaxprune.distill._logits import (
-    dist,
-    divergence,
-    dkd,
-    kd,
-    kd_with_labels,
-    logit_std_kd,
-    ranking,
-    regularized_kd,
-    sampled_kd,
-    sequence_kd,
-    skd_instance,
-    top_k_kd,
+from jaxprune.distill._logits import divergence, dkd, kd, kd_with_labels, logit_std_kd
+from jaxprune.distill._maps import (
+    attention_transfer,
+    dist_plus,
+    fsp,
+    hierarchical_context,
+    nst,
+    resized,
 )
 from jaxprune.distill._objective import Seen, ema, mutual, objective
+from jaxprune.distill._orders import dist, ranking, skd_instance
 from jaxprune.distill._precompute import load_outputs, precompute
 from jaxprune.distill._projectors import (
     Projector,
@@ -63,6 +53,7 @@ from jaxprune.distill._relations import (
     similarity_preserving,
     skd_direction,
 )
+from jaxprune.distill._tokens import regularized_kd, sampled_kd, sequence_kd, top_k_kd
 from jaxprune.distill._transformers import (
     attention_distribution,
     attention_relation,

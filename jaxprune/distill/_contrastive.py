@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprune import _checks
-from jaxprune.distill._logits import cross_entropy, kd
+from jaxprune.distill._logits import kd
 from jaxprune.distill._reduce import frozen, normalized, same_shapes, wide
+from jaxprune.distill._softmax import cross_entropy
 
 
 class CRDState(NamedTuple):

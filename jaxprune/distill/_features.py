@@ -1,7 +1,7 @@
 """Losses on features: the student learns intermediate values of the teacher.
 
-Images are (batch, height, width, channels). Where student and teacher differ in channels, a projector
-brings them together first (`jp.distill.dense_projector`, `conv_projector`).
+Where student and teacher differ in size, a projector brings them together first
+(`jp.distill.dense_projector`, `conv_projector`).
 """
 
 from typing import Any
@@ -11,16 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxprune import _checks
-from jaxprune.distill._logits import dist, kd, pearson
+from jaxprune.distill._logits import kd
 from jaxprune.distill._reduce import (
+    counted,
     flat,
     normalized,
+    only,
     reduced,
     safe_norm,
     same_batch,
     same_shapes,
     wide,
 )
+from jaxprune.distill._softmax import without
 
 Pair = tuple[Any, Any]
 
@@ -46,7 +49,7 @@ def hint(s: Array, t: Array, *, where: Any = None, reduction: str = "mean") -> F
     Reference: Romero et al., "FitNets: Hints for Thin Deep Nets", 2014, https://arxiv.org/abs/1412.6550
     """
     same_shapes(s, t)
-    s, t = wide(s, t)
+    s, t = only(counted(where, s.shape), *wide(s, t))
     return reduced(jnp.square(s - t), reduction, where)
 
 
@@ -74,7 +77,8 @@ def cosine(
     Reference: Sanh et al., DistilBERT, 2019, https://arxiv.org/abs/1910.01108
     """
     same_shapes(s, t)
-    s, t = wide(s, t)
+    keep = counted(where, without(s.shape, axis))
+    s, t = only(None if keep is None else jnp.expand_dims(keep, axis), *wide(s, t))
     return reduced(1 - jnp.sum(normalized(s, axis) * normalized(t, axis), axis), reduction, where)
 
 
@@ -111,160 +115,6 @@ def whitened_mse(s: Array, t: Array, *, eps: float = 1e-5, reduction: str = "mea
     return reduced(jnp.square(white(s) - white(t)), reduction)
 
 
-def attention_transfer(s: Array, t: Array, *, mode: str = "code") -> Float[Array, ""]:
-    """Attention transfer: where features are large, as maps of unit length.
-
-    The map is the mean (in the paper: sum) of squares over channels. `"code"`, as the authors' code:
-    the mean squared difference; `"paper"`: the mean norm of the difference of an example.
-
-    Args:
-      s, t: (batch, height, width, channels); channels may differ.
-      mode: `"code"` or `"paper"`.
-
-    Returns:
-      A scalar.
-
-    Raises:
-      ValueError: batch or image sizes that differ, an unknown mode.
-
-    Example:
-      >>> x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
-      >>> round(float(jp.distill.attention_transfer(x, 2 * x)), 6)
-      0.0
-
-    Reference: Zagoruyko & Komodakis, "Paying More Attention to Attention", 2017,
-    https://arxiv.org/abs/1612.03928
-    """
-    _checks.choice("mode", mode, ("code", "paper"))
-    _same_images(s, t)
-    s, t = wide(s, t)
-    over = jnp.mean if mode == "code" else jnp.sum
-    difference = normalized(flat(over(s * s, -1)), 1) - normalized(flat(over(t * t, -1)), 1)
-    if mode == "code":
-        return jnp.mean(difference**2)
-    return jnp.mean(safe_norm(difference, 1))
-
-
-def _same_images(s: Any, t: Any) -> None:
-    if s.ndim < 3 or s.shape[:-1] != t.shape[:-1]:
-        raise ValueError(
-            f"teacher: images of {t.shape[:-1]} (batch, height, width), the student has {s.shape[:-1]}; "
-            "pool the larger with jp.distill.resized"
-        )
-
-
-def resized(x: Float[Array, "b h w c"], size: tuple[int, int], *, how: str = "mean") -> Array:
-    """Images pooled to a size: each place is the mean (or maximum) of the bins that fall to it.
-
-    Bins of an axis of n are `[floor(i n / m), ceil((i + 1) n / m))`, as in adaptive pooling.
-
-    Args:
-      x: (batch, height, width, channels).
-      size: height and width wanted.
-      how: `"mean"` or `"max"`.
-
-    Returns:
-      (batch, *size, channels).
-
-    Raises:
-      ValueError: a size below 1, or an unknown `how`.
-
-    Example:
-      >>> jp.distill.resized(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2))[0, :, :, 0].tolist()
-      [[2.5, 4.5], [10.5, 12.5]]
-    """
-    _checks.choice("how", how, ("mean", "max"))
-    for n in size:
-        _checks.positive_int("size", n)
-    for axis, m in zip((1, 2), size, strict=True):
-        n = x.shape[axis]
-        if n == m:
-            continue
-        if n % m == 0:
-            split = x.reshape(*x.shape[:axis], m, n // m, *x.shape[axis + 1 :])
-            x = (jnp.mean if how == "mean" else jnp.max)(split, axis + 1)
-            continue
-        parts = [
-            jax.lax.slice_in_dim(x, i * n // m, -(-(i + 1) * n // m), axis=axis) for i in range(m)
-        ]
-        pool = jnp.mean if how == "mean" else jnp.max
-        x = jnp.concatenate([pool(part, axis, keepdims=True) for part in parts], axis)
-    return x
-
-
-def fsp(s: Pair, t: Pair) -> Float[Array, ""]:
-    """Flow of solution procedure: how features of one layer go with those of another.
-
-    `sum_c |G_s - G_t|_c` per example, with `G = F1ᵀ F2 / (h w)` and norms over the first layer's
-    channels.
-
-    Args:
-      s, t: pairs of images (batch, height, width, channels) of two layers; the larger ones are
-        max-pooled.
-
-    Returns:
-      A scalar, the mean over the batch.
-
-    Raises:
-      ValueError: channels or batch that differ.
-
-    Example:
-      >>> x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
-      >>> float(jp.distill.fsp((x, x), (x, x)))
-      0.0
-
-    Reference: Yim et al., "A Gift from Knowledge Distillation", 2017
-    """
-    a, b = (_flow(*wide(*pair)) for pair in (s, t))
-    same_shapes(a, b)
-    return jnp.sum(safe_norm(a - b, 1)) / a.shape[0]
-
-
-def _flow(a: Array, b: Array) -> Array:
-    size = (min(a.shape[1], b.shape[1]), min(a.shape[2], b.shape[2]))
-    a, b = resized(a, size, how="max"), resized(b, size, how="max")
-    return jnp.einsum("bhwi,bhwj->bij", a, b) / (size[0] * size[1])
-
-
-def nst(s: Array, t: Array, *, kernel: str = "polynomial", sigma: float = 1.0) -> Float[Array, ""]:
-    """Neuron selectivity transfer: the maximum mean discrepancy of channels' maps of unit length.
-
-    `mean k(t, t) + mean k(s, s) - 2 mean k(s, t)` over pairs of channels of an example.
-
-    Args:
-      s, t: (batch, height, width, channels); channels may differ.
-      kernel: `"linear"` `x·y`, `"polynomial"` `(x·y)²`, or `"gaussian"` `exp(-|x - y|² / (2 sigma²))`.
-      sigma: of the Gaussian, above 0.
-
-    Returns:
-      A scalar.
-
-    Raises:
-      ValueError: batch or image sizes that differ, an unknown kernel.
-
-    Example:
-      >>> x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
-      >>> abs(round(float(jp.distill.nst(x, x)), 6))
-      0.0
-
-    Reference: Huang & Wang, "Like What You Like", 2017, https://arxiv.org/abs/1707.01219
-    """
-    _checks.choice("kernel", kernel, ("linear", "polynomial", "gaussian"))
-    _checks.positive("sigma", sigma)
-    _same_images(s, t)
-    s, t = (normalized(x.reshape(x.shape[0], -1, x.shape[-1]), 1) for x in wide(s, t))
-
-    def mean(x: Array, y: Array) -> Array:
-        inner = jnp.einsum("bpi,bpj->bij", x, y)
-        if kernel == "gaussian":
-            squares = lambda z: jnp.sum(z * z, 1)
-            distance = squares(x)[:, :, None] + squares(y)[:, None, :] - 2 * inner
-            return jnp.mean(jnp.exp(-jnp.maximum(distance, 0) / (2 * sigma**2)), (1, 2))
-        return jnp.mean(inner if kernel == "linear" else inner * inner, (1, 2))
-
-    return jnp.mean(mean(t, t) + mean(s, s) - 2 * mean(s, t))
-
-
 def vid(
     mean: Array, var: Array, t: Array, *, where: Any = None, reduction: str = "mean"
 ) -> Float[Array, "..."]:
@@ -291,7 +141,9 @@ def vid(
     Reference: Ahn et al., "Variational Information Distillation", 2019, https://arxiv.org/abs/1904.05835
     """
     same_shapes(mean, t)
-    mean, var, t = wide(mean, var, t)
+    keep = counted(where, t.shape)
+    mean, t = only(keep, *wide(mean, t))
+    (var,) = only(keep, *wide(var), fill=1.0)
     return reduced(0.5 * (jnp.square(mean - t) / var + jnp.log(var)), reduction, where)
 
 
@@ -450,50 +302,6 @@ def srd(s: Pair, t: Pair, *, exponent: float = 1.0, temperature: float = 1.0) ->
     return 2 * jnp.log(jnp.sum(powers)) + soft
 
 
-def dist_plus(
-    s: Pair,
-    t: Pair,
-    *,
-    temperature: float = 1.0,
-    beta: float = 1.0,
-    gamma: float = 1.0,
-    channels: float = 1.0,
-    places: float = 1.0,
-    eps: float = 1e-8,
-) -> Float[Array, ""]:
-    """DIST+: `dist` of logits, and one minus Pearson's correlation of features, in two ways.
-
-    `dist + channels (1 - mean r over channels at each place) + places (1 - mean r over the batch of each
-    place's sum of channels)`.
-
-    Args:
-      s, t: `(features, logits)`; features (batch, height, width, channels) of one shape.
-      temperature, beta, gamma: of `jp.distill.dist`.
-      channels, places: weights of the relations of features.
-      eps: least norm.
-
-    Returns:
-      A scalar.
-
-    Raises:
-      ValueError: shapes that differ, a temperature not above 0.
-
-    Example:
-      >>> t = (jax.random.normal(jax.random.key(0), (4, 3, 3, 5)), jnp.eye(4))
-      >>> abs(round(float(jp.distill.dist_plus(t, t)), 4))
-      0.0
-
-    Reference: Huang et al., "DIST+: Knowledge Distillation From a Stronger Adaptive Teacher", 2025,
-    https://ieeexplore.ieee.org/document/10938241
-    """
-    same_shapes(s[0], t[0])
-    a, b = wide(s[0], t[0])
-    logits = dist(s[1], t[1], temperature=temperature, beta=beta, gamma=gamma, eps=eps)
-    of_channels = 1 - jnp.mean(pearson(a, b, -1, eps))
-    of_places = 1 - jnp.mean(pearson(jnp.sum(a, -1), jnp.sum(b, -1), 0, eps))
-    return logits + channels * of_channels + places * of_places
-
-
 def batch_normalized(x: Array, *, eps: float = 1e-4) -> Array:
     """Features standardised over all axes but the last, without parameters.
 
@@ -512,42 +320,6 @@ def batch_normalized(x: Array, *, eps: float = 1e-4) -> Array:
     axes = tuple(range(x.ndim - 1))
     centred = x - jnp.mean(x, axes)
     return centred * jax.lax.rsqrt(jnp.mean(centred**2, axes) + eps)
-
-
-def hierarchical_context(
-    s: Array, t: Array, *, sizes: tuple[int, ...] = (4, 2, 1)
-) -> Float[Array, ""]:
-    """Hierarchical context loss of knowledge review: the squared difference at several resolutions.
-
-    Args:
-      s: the student's features after fusion (`jp.distill.review_fusion`).
-      t: the teacher's, of one shape, (batch, height, width, channels).
-      sizes: to which both are pooled besides; those of at least the height are left out. Weights halve.
-
-    Returns:
-      A scalar, the weighted mean.
-
-    Raises:
-      ValueError: shapes that differ.
-
-    Example:
-      >>> x = jnp.ones((1, 8, 8, 2))
-      >>> float(jp.distill.hierarchical_context(x, 0 * x))
-      1.0
-
-    Reference: Chen et al., "Distilling Knowledge via Knowledge Review", 2021,
-    https://arxiv.org/abs/2104.09044
-    """
-    same_shapes(s, t)
-    s, t = wide(s, t)
-    total, weight, weights = jnp.mean((s - t) ** 2), 1.0, 1.0
-    for size in sizes:
-        if size >= s.shape[1]:
-            continue
-        weight /= 2
-        total += weight * jnp.mean((resized(s, (size, size)) - resized(t, (size, size))) ** 2)
-        weights += weight
-    return total / weights
 
 
 def mgd(s: Array, t: Array, *, reduction: str = "mean") -> Float[Array, ""]:

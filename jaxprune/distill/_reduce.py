@@ -2,14 +2,16 @@
 
 Losses take the student first. Sums run in float32 whatever the inputs, so that bf16 is safe. `where`
 is a mask of examples (or tokens), broadcasting against the values that are reduced; what it leaves out
-counts neither in the sum nor in the mean, and has no gradient.
+counts neither in the sum nor in the mean, and has gradient 0 whatever it holds, NaN and infinities too:
+losses mask their inputs, since masking values alone leaves `0 * nan` on the way back.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from jaxprune import _checks
 
@@ -19,6 +21,7 @@ REDUCTIONS = ("mean", "sum", "none")
 def reduced(values: Float[Array, "..."], reduction: str, where: Any = None) -> Float[Array, "..."]:
     """The mean, sum, or all of some values, of those that `where` keeps."""
     _checks.choice("reduction", reduction, REDUCTIONS)
+    where = counted(where, values.shape)
     if where is not None:
         values = jnp.where(where, values, 0.0)
     if reduction == "none":
@@ -26,8 +29,32 @@ def reduced(values: Float[Array, "..."], reduction: str, where: Any = None) -> F
     total = jnp.sum(values)
     if reduction == "sum":
         return total
-    count = values.size if where is None else jnp.sum(jnp.broadcast_to(where, values.shape))
+    count = values.size if where is None else jnp.sum(where)
     return total / jnp.maximum(count, 1)
+
+
+def counted(where: Any, shape: tuple[int, ...]) -> Bool[Array, "..."] | None:
+    """The mask in the shape of the values that it is for; `None` stays."""
+    if where is None:
+        return None
+    where = jnp.asarray(where).astype(bool)
+    try:
+        fits = np.broadcast_shapes(where.shape, shape) == tuple(shape)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"where: shape {where.shape} does not broadcast to the values' {tuple(shape)}; "
+            "mask examples (tokens), without the axis of classes or features"
+        )
+    return jnp.broadcast_to(where, shape)
+
+
+def only(where: Any, *arrays: Array, fill: float = 0.0) -> list[Array]:
+    """Arrays with `fill` where a mask, broadcasting against them, leaves entries out."""
+    if where is None:
+        return list(arrays)
+    return [jnp.where(where, x, fill) for x in arrays]
 
 
 def wide(*arrays: Any) -> list[Array]:

@@ -12,8 +12,16 @@ from jaxtyping import Array, Float
 
 from jaxprune import _checks
 from jaxprune.distill._features import hint
-from jaxprune.distill._logits import _divergence
-from jaxprune.distill._reduce import normalized, reduced, same_batch, same_shapes, wide
+from jaxprune.distill._reduce import (
+    counted,
+    normalized,
+    only,
+    reduced,
+    same_batch,
+    same_shapes,
+    wide,
+)
+from jaxprune.distill._softmax import kl_divergence
 
 
 def attention_relation(
@@ -50,9 +58,11 @@ def attention_relation(
     same_batch(s, t)
     if s.shape[1] != t.shape[1]:
         same_shapes(s, t)
-    p, q = (_relation(x, x, heads, where) for x in wide(t, s))
-    keep = None if where is None else jnp.broadcast_to(where[:, None, :], p.shape[:-1])
-    return reduced(_divergence(p, q, -1), "mean", keep)
+    where = counted(where, s.shape[:2])
+    tokens = None if where is None else where[:, :, None]
+    p, q = (_relation(x, x, heads, where) for x in only(tokens, *wide(t, s)))
+    keep = None if where is None else where[:, None, :]
+    return reduced(kl_divergence(p, q, -1), "mean", keep)
 
 
 def _relation(x: Array, y: Array, heads: int, where: Any) -> Array:
@@ -98,14 +108,14 @@ def attention_distribution(
     """
     _checks.choice("kind", kind, ("kl", "mse"))
     same_shapes(s, t)
-    s, t = wide(s, t)
+    where = counted(where, (s.shape[0], s.shape[2]))
+    both = None if where is None else where[:, None, :, None] & where[:, None, None, :]
+    s, t = only(both, *wide(s, t))
     if kind == "mse":
-        keep = None if where is None else (where[:, None, :, None] & where[:, None, None, :])
-        return reduced(jnp.square(s - t), "mean", keep)
+        return reduced(jnp.square(s - t), "mean", both)
     log = lambda x: jnp.log(jnp.maximum(x, 1e-30))
     values = jnp.sum(jnp.where(t > 0, t * (log(t) - log(s)), 0.0), -1)
-    keep = None if where is None else jnp.broadcast_to(where[:, None, :], values.shape)
-    return reduced(values, "mean", keep)
+    return reduced(values, "mean", None if where is None else where[:, None, :])
 
 
 def value_relation(
@@ -196,7 +206,7 @@ def hidden_states(
     Reference: Jiao et al., TinyBERT, 2019, https://arxiv.org/abs/1909.10351
     """
     _same_layers(s, t)
-    keep = None if where is None else where[..., None]
+    keep = None if where is None else jnp.asarray(where)[..., None]
     return jnp.mean(jnp.stack([hint(a, b, where=keep) for a, b in zip(s, t, strict=True)]))
 
 

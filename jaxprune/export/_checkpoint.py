@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from jaxprune._types import PyTree
 from jaxprune.export._entropy import coded, decoded
@@ -68,6 +67,8 @@ def save(path: str | Path, tree: PyTree, *, overwrite: bool = False, entropy: bo
         if entropy:
             coding = _write_coded(work / _CODED, stored)
         elif stored:
+            import orbax.checkpoint as ocp  # slow to import: when files are written
+
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(work / "arrays", stored)
         manifest = {
@@ -218,6 +219,8 @@ def _read(folder: Path, entries: list[dict[str, Any]]) -> list[jax.Array]:
     if any("coding" in entry for entry in entries):
         stored = _read_coded(folder / _CODED, entries)
     elif names:
+        import orbax.checkpoint as ocp
+
         arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
         request = ocp.args.PyTreeRestore(item=dict.fromkeys(names, 0), restore_args=arguments)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 FROZEN = 0  # the id of indices that never shrink
 LAST_FIXED = 1 << 10  # ids up to here are those of axes of inputs, one for each
@@ -67,6 +65,9 @@ class Constraints:
 
     def solve(self) -> "Solution":
         """The units that follow from all constraints."""
+        from scipy.sparse import coo_array  # slow to import: when a trace needs it
+        from scipy.sparse.csgraph import connected_components
+
         equal = [np.concatenate([np.ravel(pair[i]) for pair in self.equal] or [[]]) for i in (0, 1)]
         a, b = (x.astype(np.int64) for x in equal)
         parts = [np.concatenate([np.ravel(p[i]) for p in self.products] or [[]]) for i in range(3)]

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from jaxprune import _checks, _trees
-from jaxprune._types import Masks, Params
+from jaxprune._types import Masks, Params, PyTree
 from jaxprune.graph._axes import AxisInfo, fresh_axes, input_axes, no_rule
 from jaxprune.graph._constraints import Constraints, Solution
 from jaxprune.graph._cost import Cost, cost_of
@@ -19,7 +19,15 @@ from jaxprune.graph._groups import Group, frozen_of, groups_of
 from jaxprune.graph._nested import nested_rule
 from jaxprune.graph._removal import Removal, masked_slices, removal_of
 from jaxprune.graph._zeros import Work, needed_work, removed_leaves
-from jaxprune.program import Flow, Program, inputs_of, is_symbolic, sized, trace_program
+from jaxprune.program import (
+    Flow,
+    Program,
+    inputs_of,
+    is_symbolic,
+    sized,
+    trace_program,
+    uses_of_program,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,11 @@ class Graph:
     def frozen(self) -> tuple[tuple[tuple[str, int], str], ...]:
         """`((path, axis), reason)` for what cannot, or not all of it."""
         return frozen_of(self.paths, self.own, self.solution)
+
+    @cached_property
+    def uses(self) -> PyTree:
+        """What the function does with each parameter: tree of `jaxprune.Uses`, see `jp.uses`."""
+        return self.treedef.unflatten(uses_of_program(self.program, self.shapes))
 
     def for_inputs(self, params: Params, *args: Any, **kwargs: Any) -> "Graph":
         """The graph of the same function for inputs of these shapes."""

@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, PyTree, Scores
+from jaxprune._uses import Uses
 from jaxprune.masks._keys import kept
-from jaxprune.masks._patterns import NM, Pattern, TreePattern
+from jaxprune.masks._patterns import NM, Pattern, TreePattern, pattern_on
 from jaxprune.masks._select import largest
 
 _LIMIT = 2**31 - 1
@@ -25,6 +26,8 @@ def from_scores(
     *,
     scope: str = "global",
     pattern: AnyPattern | None = None,
+    uses: Any = None,
+    min_keep: int = 0,
 ) -> Masks:
     """Masks that keep the entries with the largest scores: exactly `round((1 - s) * size)` of them.
 
@@ -48,6 +51,12 @@ def from_scores(
         and heads across leaves, with `scope="leaf"` for each group of them. With `NM(n, m)` the sparsity
         may be at most `1 - n / m`: there, every group keeps exactly `n`; below, further entries stay by
         score.
+      uses: of `jp.uses(fn, params, *args)`, or a graph or statistics that carry them: only the weights
+        among the scored leaves are pruned, patterns lie along the axes that uses name, and with
+        `scope="leaf"` each layer of a stack counts as a leaf, as it would unstacked. Without, patterns
+        that need an axis take it by convention.
+      min_keep: entries (or units of the pattern) that each leaf keeps at least, with one count per
+        leaf: 1 never empties a leaf, as in jaxpruner.
 
     Returns:
       Tree of bool arrays with the structure of `scores`; True = keep.
@@ -55,7 +64,8 @@ def from_scores(
     Raises:
       ValueError: a sparsity outside [0, 1] or unreachable by the pattern, a NaN score (unless
         traced, where NaN counts as `-inf`), a pattern that does not fit a leaf, a budget tree of
-        another structure, or more than 2^31 - 1 entries under one threshold.
+        another structure, `min_keep` under one threshold for all leaves, or more than 2^31 - 1 entries
+        under one threshold.
       TypeError: a score that is no float array.
 
     Example:
@@ -65,24 +75,36 @@ def from_scores(
              [False,  True]], dtype=bool)}
     """
     _checks.choice("scope", scope, ("global", "leaf"))
+    _checks.positive_int("min_keep", min_keep, least=0)
     if isinstance(pattern, TreePattern):
-        return pattern.expand_tree(from_scores(pattern.pool_tree(scores), sparsity, scope=scope))
+        pooled = pattern.pool_tree(scores)
+        return pattern.expand_tree(from_scores(pooled, sparsity, scope=scope, min_keep=min_keep))
     paths, leaves, treedef = _trees.flatten(scores)
-    chosen = [i for i, leaf in enumerate(leaves) if _trees.rank(leaf) > 0]
+    known = _trees.uses_of(scores, uses)
+    chosen = [
+        i
+        for i, leaf in enumerate(leaves)
+        if _trees.rank(leaf) > 0 and (uses is None or known[i].is_weight)
+    ]
     for i in chosen:
         if not _trees.is_floating(leaves[i]):
             raise TypeError(
                 f"scores: leaf {paths[i]!r} is {getattr(leaves[i], 'dtype', type(leaves[i]))}, "
                 "expected floats; a leaf that nobody prunes scores the scalar +inf"
             )
-        if pattern is not None:
-            pattern.check(paths[i], np.shape(leaves[i]))
+    patterns = [pattern_on(pattern, paths[i], np.shape(leaves[i]), known[i]) for i in chosen]
     budget = _budget(sparsity, scores, paths, treedef, chosen)
     by_leaf = scope == "leaf" or isinstance(budget, list)
+    if min_keep and not by_leaf:
+        raise ValueError(
+            f"min_keep: {min_keep} per leaf takes a count per leaf; "
+            'use scope="leaf", or a tree of budgets'
+        )
     spread = _may_be_spread(leaves)
     arrays = [jnp.asarray(leaves[i]) for i in chosen]
     _no_nan([paths[i] for i in chosen], arrays)
-    found = _masks(arrays, budget, by_leaf, pattern, spread)
+    stacks = [known[i] if uses is not None and by_leaf else None for i in chosen]
+    found = _masks(arrays, budget, by_leaf, patterns, stacks, spread, min_keep)
     masks: list[Any] = [jnp.array(True) for _ in leaves]
     for i, mask in zip(chosen, found, strict=True):
         masks[i] = mask
@@ -104,27 +126,71 @@ def _budget(
 
 
 def _masks(
-    scores: list[jax.Array], budget: Any, by_leaf: bool, pattern: Any, spread: bool
+    scores: list[jax.Array],
+    budget: Any,
+    by_leaf: bool,
+    patterns: list[Any],
+    stacks: list[Uses | None],
+    spread: bool,
+    min_keep: int,
 ) -> Sequence[jax.Array]:
     if not scores:
         return []
-    if isinstance(pattern, NM):
-        cap = pattern.sparsity
+    if isinstance(patterns[0], NM):
+        cap = patterns[0].sparsity
         budget = _capped(budget, cap)
-        groups = [_nm(pattern, score) for score in scores]
+        groups = [_nm(pattern, score) for pattern, score in zip(patterns, scores, strict=True)]
         if _always(budget, cap):
             return groups
         # entries that the pattern keeps anyway come first, the others by score
         scores = [jnp.where(group, jnp.inf, s) for group, s in zip(groups, scores, strict=True)]
     shapes = [score.shape for score in scores]
-    units = pattern is not None and not isinstance(pattern, NM)
+    units = patterns[0] is not None and not isinstance(patterns[0], NM)
     if units:
-        scores = [_pool(pattern, score) for score in scores]
-    keep = _keep([score.size for score in scores], budget, by_leaf)
-    masks = largest(scores, keep, by_leaf=by_leaf, spread=spread)
+        scores = [_pool(pattern, score) for pattern, score in zip(patterns, scores, strict=True)]
+    parts = [_layers(score, use) for score, use in zip(scores, stacks, strict=True)]
+    counts = [len(part) for part in parts]
+    if isinstance(budget, list):
+        budget = [s for s, count in zip(budget, counts, strict=True) for _ in range(count)]
+    rows = [row for part in parts for row in part]
+    sizes = [row.size for row in rows]
+    keep = _keep(sizes, budget, by_leaf)
+    if min_keep:
+        keep = jnp.maximum(keep, jnp.minimum(min_keep, jnp.asarray(sizes)))
+    found = iter(largest(rows, keep, by_leaf=by_leaf, spread=spread))
+    masks = [
+        _together([next(found) for _ in range(count)], score.shape, use)
+        for count, score, use in zip(counts, scores, stacks, strict=True)
+    ]
     if units:
-        masks = [_expand(pattern, mask, shape) for mask, shape in zip(masks, shapes, strict=True)]
+        triples = zip(patterns, masks, shapes, strict=True)
+        masks = [_expand(pattern, mask, shape) for pattern, mask, shape in triples]
     return masks
+
+
+def _order(use: Uses, ndim: int) -> tuple[list[int], list[int]]:
+    """The stacked axes, and the others, of an array of `ndim` axes."""
+    stacked = [axis % ndim for axis in use.stacked]
+    return stacked, [i for i in range(ndim) if i not in stacked]
+
+
+def _layers(scores: jax.Array, use: Uses | None) -> list[jax.Array]:
+    """The scores of each layer of a stack. Inverse: `_together`."""
+    if use is None or not use.stacked:
+        return [scores]
+    stacked, rest = _order(use, scores.ndim)
+    count = int(np.prod([scores.shape[i] for i in stacked]))
+    return list(jnp.transpose(scores, (*stacked, *rest)).reshape(count, -1))
+
+
+def _together(masks: list[jax.Array], shape: tuple[int, ...], use: Uses | None) -> jax.Array:
+    """The mask of a stack from those of its layers. Inverse: `_layers`."""
+    if use is None or not use.stacked:
+        return masks[0]
+    stacked, rest = _order(use, len(shape))
+    order = [*stacked, *rest]
+    stack = jnp.stack(masks).reshape([shape[i] for i in order])
+    return jnp.transpose(stack, np.argsort(order).tolist())
 
 
 @partial(jax.jit, static_argnums=0)

@@ -5,14 +5,15 @@ A pattern is a small frozen dataclass with two inverse maps between a leaf's ent
 broadcasts against the leaf. `NM` has no units: it constrains which entries may stay.
 """
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxprune import _checks
 from jaxprune._types import Masks, PyTree, Scores
+from jaxprune._uses import Uses
 
 
 @runtime_checkable
@@ -112,7 +113,8 @@ class Channel:
     The mask keeps size-1 axes: `(1, 1, 1, C)` for the output channels of a convolution.
 
     Args:
-      axis: the axis that counts the channels; `-1` is the output axis of Flax kernels.
+      axis: the axis that counts the channels; `-1` is the output axis of Flax kernels. `"free"`: the
+        axes that a leaf's uses call free, each layer of a stack apart.
 
     Raises:
       ValueError: a leaf without that axis.
@@ -123,15 +125,26 @@ class Channel:
       [[False, True, True]]
     """
 
-    axis: int = -1
+    axis: int | tuple[int, ...] | Literal["free"] = -1
+
+    def on(self, uses: Uses, ndim: int) -> "Channel":
+        """The same with the axes of a leaf for `"free"`."""
+        del ndim
+        return replace(self, axis=uses.channel_axes) if self.axis == "free" else self
 
     def check(self, path: str, shape: tuple[int, ...]) -> None:
         """Raises `ValueError` where the leaf lacks the axis."""
-        _check_axis("Channel", self.axis, path, shape)
+        for axis in self._axes():
+            _check_axis("Channel", axis, path, shape)
+
+    def _axes(self) -> tuple[int, ...]:
+        assert not isinstance(self.axis, str), "resolved by `on` before"
+        return self.axis if isinstance(self.axis, tuple) else (self.axis,)
 
     def pool(self, scores: Float[Array, "..."]) -> Float[Array, "..."]:
         """Mean score per channel, size-1 axes kept."""
-        others = tuple(i for i in range(scores.ndim) if i != self.axis % scores.ndim)
+        own = {axis % scores.ndim for axis in self._axes()}
+        others = tuple(i for i in range(scores.ndim) if i not in own)
         return jnp.mean(scores, axis=others, keepdims=True)
 
     def expand(self, mask: Bool[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
@@ -149,8 +162,9 @@ class NM:
     Args:
       n: entries kept per group, between 1 and `m`.
       m: entries per group.
-      axis: the axis along which groups lie. The default, `-2`, is the contracted (input) axis of
-        Flax kernels, the one that sparse matrix units compress.
+      axis: the axis along which groups lie. The default, `"contracted"`, is the innermost axis that
+        products sum over, which sparse matrix units compress: as a leaf's uses say, else -2, the input
+        axis of Flax kernels.
 
     Raises:
       ValueError: `n` above `m`, or a leaf without that axis.
@@ -166,9 +180,11 @@ class NM:
 
     n: int
     m: int
-    axis: int = -2
+    axis: int | Literal["contracted"] = "contracted"
 
     def __post_init__(self) -> None:
+        if isinstance(self.axis, str):
+            _checks.choice("NM.axis", self.axis, ("contracted",))
         _checks.positive_int("NM.n", self.n)
         _checks.positive_int("NM.m", self.m)
         if self.n > self.m:
@@ -179,12 +195,18 @@ class NM:
         """The fraction removed of whole groups: `1 - n / m`."""
         return 1.0 - self.n / self.m
 
+    def on(self, uses: Uses, ndim: int) -> "NM":
+        """The same with the axis of a leaf for `"contracted"`."""
+        return replace(self, axis=uses.contracted_axis(ndim)) if self.axis == "contracted" else self
+
     def check(self, path: str, shape: tuple[int, ...]) -> None:
         """Raises `ValueError` where the leaf lacks the axis."""
+        assert not isinstance(self.axis, str), "resolved by `on` before"
         _check_axis("NM", self.axis, path, shape)
 
     def mask(self, scores: Float[Array, "..."]) -> Bool[Array, "..."]:
         """True for the `n` largest scores of each group, ties to the earliest."""
+        assert not isinstance(self.axis, str), "resolved by `on` before"
         x = jnp.moveaxis(scores, self.axis, -1)
         length = x.shape[-1]
         pad = [(0, 0)] * (x.ndim - 1) + [(0, -length % self.m)]
@@ -197,6 +219,19 @@ class NM:
             rank += (other > groups) | ((other == groups) & earlier)
         mask = (rank < self.n).reshape(x.shape)[..., :length]
         return jnp.moveaxis(mask, -1, self.axis)
+
+
+def pattern_on(pattern: Any, path: str, shape: tuple[int, ...], uses: Uses) -> Any:
+    """A pattern as it is on one leaf: its axes by number, and checked to fit.
+
+    Raises:
+      ValueError: the pattern does not fit the leaf.
+    """
+    on = getattr(pattern, "on", None)
+    found = pattern if on is None else on(uses, len(shape))
+    if found is not None:
+        found.check(path, shape)
+    return found
 
 
 def _check_axis(name: str, axis: int, path: str, shape: tuple[int, ...]) -> None:

@@ -18,7 +18,9 @@ def prune_tree(
     scores: ScoreFn | None = None,
     scope: str = "global",
     pattern: Pattern | NM | None = None,
+    uses: Any = None,
     where: Where = None,
+    min_keep: int = 0,
 ) -> tuple[Params, Masks]:
     """Prunes parameters once: the fraction `sparsity` of the selected weights becomes zero.
 
@@ -28,7 +30,11 @@ def prune_tree(
       scores: `params -> scores`; magnitude `|w|` by default.
       scope: `"global"` or `"leaf"`, see `jp.masks.from_scores`.
       pattern: `None`, `Block`, `Channel` or `NM`.
-      where: which leaves are pruned; by default floating leaves with two axes or more.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights, and where patterns lie; see
+        `jp.masks.from_scores`.
+      where: which leaves are pruned; by default the weights: as `uses` says, else floating leaves with
+        two axes or more that are no biases or norms by their names.
+      min_keep: weights that each leaf keeps at least, with `scope="leaf"` or a budget tree.
 
     Returns:
       `(pruned, masks)`.
@@ -42,9 +48,9 @@ def prune_tree(
       >>> pruned["w"].tolist(), jp.sparsity(masks)
       ([[3.0, 0.0], [0.0, 2.0]], 0.5)
     """
-    _trees.select(params, where)  # a bad `where` fails before any scoring
+    _trees.select(params, where, uses=uses)  # a bad `where` fails before any scoring
     found = (scores or _trees.magnitudes)(params)
     if scores is None or where is not None:
-        found = _trees.restrict(found, params, where)
-    masks = from_scores(found, sparsity, scope=scope, pattern=pattern)
+        found = _trees.restrict(found, params, where, uses=uses)
+    masks = from_scores(found, sparsity, scope=scope, pattern=pattern, uses=uses, min_keep=min_keep)
     return apply_masks(params, masks), masks

@@ -1,4 +1,4 @@
-"""Masks in and out of an optimizer state, however deep they lie in it."""
+"""Masks in and out of an optimizer state, however deep they lie in it, and whether weights obey."""
 
 from typing import Any
 
@@ -6,18 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array
 
-from jaxprune import _checks
-from jaxprune._types import Masks
+from jaxprune import _checks, _trees
+from jaxprune._types import Masks, Params, PyTree
 from jaxprune.masks import PackedTree
+from jaxprune.optim._fit import spread_over, takes_update
 from jaxprune.optim._gradual import GradualState
 from jaxprune.optim._masked import MaskedState, held_masks
 
 _HOLDERS = (MaskedState, GradualState)
+_EXPECTED = (
+    "opt_state: expected the state of one masking transform, found {}; "
+    "wrap the optimizer once, with jp.masked_update or jp.optim.gradual"
+)
 
 
 def get_masks(opt_state: optax.OptState) -> Masks:
-    """The masks in an optimizer state. Inverse of `replace_masks`.
+    """Get the masks in an optimizer state. Inverse of `replace_masks`.
 
     Args:
       opt_state: a state that holds that of exactly one masking transform of `jp.optim`, at any depth
@@ -39,9 +45,10 @@ def get_masks(opt_state: optax.OptState) -> Masks:
 
 
 def replace_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
-    """The same state with other masks. Inverse of `get_masks`.
+    """Replace the masks in an optimizer state. Inverse of `get_masks`.
 
-    Weights are not touched: newly masked ones become zero with the next update.
+    Weights are not touched: with the next update newly masked ones become zero, and what the inner
+    optimizer holds of them is as at its start. So regrown ones start without momentum.
 
     Args:
       opt_state: a state that holds that of exactly one masking transform.
@@ -77,6 +84,75 @@ def replace_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
     )
 
 
+def check(opt_state: optax.OptState, params: Params) -> PyTree:
+    """Count the pruned weights that are not zero: an error where there are any.
+
+    They come back when something follows the masking transform in a chain or goes around it, when
+    parameters are loaded or averaged without masks, or when a weight was infinite. One pass over the
+    pruned leaves, under `jit` too: return the counts from the training step, which then costs next
+    to nothing more, and look at them outside.
+
+    Args:
+      opt_state: a state that holds those of masking transforms, after an update.
+      params: the parameters after `optax.apply_updates`.
+
+    Returns:
+      Tree like `params`: an int32 scalar for each leaf, 0 for all unless traced.
+
+    Raises:
+      ValueError: pruned weights that are not zero (unless traced); no masking transform in the state,
+        or one for other parameters.
+
+    Example:
+      >>> params, masks = {"w": jnp.ones(2)}, {"w": jnp.array([True, False])}
+      >>> tx = optax.chain(jp.masked_update(optax.scale_by_adam(), masks), optax.scale(-0.1))
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> jp.optim.check(state, optax.apply_updates(params, updates))
+      Traceback (most recent call last):
+      ValueError: params: 1 pruned weight of leaf 'w' is not zero...
+    """
+    counts = jax.tree.map(lambda *n: sum(n), *(_counts(h, params) for h in _holders(opt_state)))
+    paths, leaves, _ = _trees.flatten(counts)
+    if not any(_checks.is_traced(n) for n in leaves):
+        numbers = jax.device_get(leaves)
+        found = [(path, int(n)) for path, n in zip(paths, numbers, strict=True) if n]
+        if found:
+            raise ValueError(_message(found))
+    return counts
+
+
+def _counts(holder: Any, params: Params) -> PyTree:
+    held = held_masks(holder)
+    try:
+        masks = spread_over(held, params)
+    except ValueError:
+        masks = held
+    _checks.masks_fit(masks, params)
+    return _revived(params, masks)
+
+
+@jax.jit
+def _revived(params: Params, masks: Masks) -> PyTree:
+    def count(_: str, param: Any, mask: Any) -> Array:
+        if not takes_update(param):
+            return jnp.zeros((), jnp.int32)
+        return jnp.sum(~mask & (param != 0), dtype=jnp.int32)
+
+    return _trees.map_with_path(count, params, masks)
+
+
+def _message(found: list[tuple[str, int]]) -> str:
+    path, n = found[0]
+    more = f", and some of {len(found) - 1} more leaves are not" if len(found) > 1 else ""
+    many = "weights" if n > 1 else "weight"
+    return (
+        f"params: {n} pruned {many} of leaf {path!r} {'are' if n > 1 else 'is'} not zero{more}. Does a "
+        "transform follow the masking one in a chain, or go around it? Put the whole optimizer inside: "
+        "jp.masked_update(optax.chain(...), masks). Were parameters loaded or averaged? Call "
+        "jp.apply_masks(params, jp.optim.get_masks(opt_state))"
+    )
+
+
 def _joint(old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...]:
     try:
         return np.broadcast_shapes(old, new)
@@ -84,12 +160,16 @@ def _joint(old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...]:
         return old  # the check that follows says what does not fit
 
 
-def _only(opt_state: optax.OptState) -> Any:
+def _holders(opt_state: optax.OptState) -> list[Any]:
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, _HOLDERS))
     holders = [node for node in nodes if isinstance(node, _HOLDERS)]
+    if not holders:
+        raise ValueError(_EXPECTED.format(0))
+    return holders
+
+
+def _only(opt_state: optax.OptState) -> Any:
+    holders = _holders(opt_state)
     if len(holders) != 1:
-        raise ValueError(
-            f"opt_state: expected the state of one masking transform, found {len(holders)}; "
-            "wrap the optimizer once, with jp.masked_update or jp.optim.gradual"
-        )
+        raise ValueError(_EXPECTED.format(len(holders)))
     return holders[0]

@@ -8,7 +8,9 @@ import optax
 
 from jaxprune import _trees
 from jaxprune._types import MaskFn, Masks, Params
-from jaxprune.masks import PackedTree, masked, resolve
+from jaxprune.masks import PackedTree, masked
+from jaxprune.optim._fit import fitted, is_empty, takes_update
+from jaxprune.optim._states import reset_pruned
 
 
 class MaskedState(NamedTuple):
@@ -26,11 +28,18 @@ class MaskedState(NamedTuple):
 def masked_update(
     inner: optax.GradientTransformation, masks: Masks | MaskFn, *, packed: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains under masks: after every `optax.apply_updates`, masked weights are exactly zero.
+    """Train under masks: after every `optax.apply_updates`, masked weights are exactly zero.
 
-    Where masked, the update is `-param`, and `inner` sees a zero gradient and a zero weight, so that
-    pruned weights enter neither its moments nor its norms. Nothing else of a training loop changes:
-    the masks live in the optimizer state.
+    Where masked, the update is `-param`, in the dtype that gradients and parameters promote to;
+    `inner` sees zero gradients and zero weights from `init` on, and its state there is that of a fresh
+    zero weight, so that pruned weights enter neither moments nor norms, and start anew when
+    `replace_masks` brings them back. Nothing else of a training loop changes: the masks live in the
+    optimizer state.
+
+    Warning: this goes around the whole optimizer, learning rate included. What follows it in
+    `optax.chain` (a learning rate, weight decay, noise) or goes around it (`optax.lookahead`) changes
+    `-param` and revives pruned weights; `jp.optim.check` finds them. Write
+    `masked_update(optax.chain(a, b), masks)` instead of `chain(masked_update(a, masks), b)`.
 
     Args:
       inner: any optax transform, such as `optax.adam(1e-3)`.
@@ -42,8 +51,9 @@ def masked_update(
       A transform whose state is a `MaskedState`.
 
     Raises:
-      ValueError: masks that do not fit the parameters (from `init`); `params` missing (from
-        `update`).
+      ValueError: masks that do not fit the parameters, an infinite weight where masked (from
+        `init`); `params` missing (from `update`).
+      TypeError: a mask for a compressed leaf or for integers (from `init`).
 
     Example:
       >>> params = {"w": jnp.array([1.0, 2.0])}
@@ -56,8 +66,10 @@ def masked_update(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> MaskedState:
-        tree = jax.tree.map(lambda m: jnp.array(m, copy=True), resolve(masks, params))
-        return MaskedState(PackedTree.of(tree) if packed else tree, inner.init(params))
+        if is_empty(params):  # a placeholder of `optax.tree.map_params`
+            return MaskedState(params, inner.init(params))
+        tree = jax.tree.map(lambda m: jnp.array(m, copy=True), fitted(masks, params))
+        return MaskedState(PackedTree.of(tree) if packed else tree, inner.init(keep(params, tree)))
 
     def update(
         updates: optax.Updates, state: Any, params: Params | None = None, **extra: Any
@@ -98,9 +110,21 @@ def masked_step(
     extra: dict[str, Any],
 ) -> tuple[optax.Updates, optax.OptState]:
     """A step of `inner` on what the masks leave, and the updates that make the rest zero."""
-    keep = lambda tree: _trees.map_with_path(lambda _, x, m: masked(x, m), tree, masks)
-    updates, inner_state = inner.update(keep(grads), inner_state, keep(params), **extra)
-    updates = _trees.map_with_path(
-        lambda _, u, p, m: jnp.where(m, u, (-p).astype(jnp.result_type(u))), updates, params, masks
+    weights = keep(params, masks)
+    inner_state = reset_pruned(inner_state, inner.init(weights), masks, weights)
+    fast = isinstance(params, optax.LookaheadParams) and not isinstance(
+        grads, optax.LookaheadParams
     )
-    return updates, inner_state
+    kept_grads = keep(grads, masks.fast if fast else masks)
+    updates, inner_state = inner.update(kept_grads, inner_state, weights, **extra)
+    return _trees.map_with_path(_emitted, params, updates, masks), inner_state
+
+
+def keep(tree: Params, masks: Masks) -> Params:
+    """The tree with zeros where masked; leaves that hold no floats stay as they are."""
+    return _trees.map_with_path(lambda _, x, m: masked(x, m) if takes_update(x) else x, tree, masks)
+
+
+def _emitted(_: str, param: Any, update: Any, mask: Any) -> Any:
+    # in the promoted dtype: -param rounded to a half-precision update would leave a rest
+    return jnp.where(mask, update, -param) if takes_update(param) else update

@@ -13,18 +13,23 @@ class PhasedState(NamedTuple):
     """State of `phased`.
 
     Attributes:
-      step: updates so far, of any phase.
-      inner: state of the inner transform.
+      step: int32 scalar, updates so far, of any phase; also `.count`, see `GradualState`.
+      inner_state: state of the inner transform.
     """
 
     step: Int[Array, ""]
-    inner: Any
+    inner_state: optax.OptState
+
+    @property
+    def count(self) -> Int[Array, ""]:  # ty: ignore[incompatible-property-override]
+        """Updates so far."""
+        return self.step
 
 
 def phased(
     inner: optax.GradientTransformation, active: Callable[[Any], Bool[Array, ""]]
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs a transform in some steps; in the others updates are 0 and its state stays as it is.
+    """Run a transform in some steps only; in the others updates are 0 and its state stays as it is.
 
     With `optax.multi_transform`, gates and network train in phases of their own.
 
@@ -58,10 +63,10 @@ def phased(
     def update(
         updates: optax.Updates, state: Any, params: Any = None, **extra: Any
     ) -> tuple[optax.Updates, PhasedState]:
-        new, after = inner.update(updates, state.inner, params, **extra)
+        new, after = inner.update(updates, state.inner_state, params, **extra)
         now = jnp.asarray(active(state.step), bool)
         still = jax.tree.map(lambda u: jnp.where(now, u, jnp.zeros((), u.dtype)), new)
-        kept = jax.tree.map(lambda a, b: jnp.where(now, a, b), after, state.inner)
-        return still, PhasedState(state.step + 1, kept)
+        kept = jax.tree.map(lambda a, b: jnp.where(now, a, b), after, state.inner_state)
+        return still, PhasedState(jnp.asarray(optax.safe_increment(state.step)), kept)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -10,7 +10,7 @@ from jaxprune._types import Params
 
 
 def trainable(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Trains the floats of a tree with integers and bools in it, such as clusters' indices or masks.
+    """Train the floats of a tree with integers and bools in it, such as clusters' indices or masks.
 
     `inner` sees floating leaves only; the others get updates of zero, so that `optax.apply_updates`
     leaves them as they are. Gradients come from `jax.grad(loss, allow_int=True)`.

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxprune.gates import Inspection
 from jaxprune.reports._plot import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from jaxprune.gates import Inspection
 
 _BINS = 12
 _SHOWN = 12  # images per row
@@ -17,7 +18,7 @@ _SHOWN = 12  # images per row
 
 def plot_gates(
     path: str | Path,
-    seen: Inspection,
+    seen: "Inspection",
     *,
     images: Any = None,
     classes: Any = None,
@@ -70,7 +71,7 @@ def plot_gates(
     return path
 
 
-def _rates(axes: "Axes", seen: Inspection, classes: Any) -> None:
+def _rates(axes: "Axes", seen: "Inspection", classes: Any) -> None:
     """Each layer's gates, sorted by rate: flat ends never change, slopes decide per input."""
     for name, rate in seen.rates.items():
         place = (np.arange(rate.size) + 0.5) / rate.size
@@ -83,7 +84,7 @@ def _rates(axes: "Axes", seen: Inspection, classes: Any) -> None:
     axes.grid(alpha=0.3)
 
 
-def _classes(axes: "Axes", seen: Inspection, classes: Any) -> None:
+def _classes(axes: "Axes", seen: "Inspection", classes: Any) -> None:
     """How each class differs from the mean, gate by gate."""
     names = list(seen.by_class)
     table = np.concatenate([seen.by_class[n] - seen.rates[n] for n in names], 1)
@@ -106,12 +107,12 @@ def _classes(axes: "Axes", seen: Inspection, classes: Any) -> None:
     axes.figure.colorbar(image, ax=axes, fraction=0.05)
 
 
-def _starts(seen: Inspection) -> list[int]:
+def _starts(seen: "Inspection") -> list[int]:
     sizes = [seen.rates[name].size for name in seen.by_class]
     return [0, *np.cumsum(sizes)[:-1].tolist()]
 
 
-def _difficulty(axes: "Axes", seen: Inspection, classes: Any) -> None:
+def _difficulty(axes: "Axes", seen: "Inspection", classes: Any) -> None:
     """Examples by difficulty, in bins of equal size: mean cost and its quartiles."""
     assert seen.difficulty is not None
     bins = [
@@ -135,7 +136,7 @@ def _difficulty(axes: "Axes", seen: Inspection, classes: Any) -> None:
     axes.grid(alpha=0.3)
 
 
-def _images(axes: "Axes", seen: Inspection, images: np.ndarray) -> None:
+def _images(axes: "Axes", seen: "Inspection", images: np.ndarray) -> None:
     """The cheapest, middle and costliest images in three rows."""
     order = seen.by_cost
     count = min(_SHOWN, len(order))

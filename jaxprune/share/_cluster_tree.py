@@ -1,7 +1,8 @@
 """Whole trees to clustered leaves and back."""
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from rich.progress import track
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Params, PyTree, Scores, Where, is_compressed
+from jaxprune._uses import Uses
 from jaxprune.share import _kmeans, _vectors
 from jaxprune.share._clustered import ClusteredArray
 
@@ -22,63 +24,97 @@ _TURNS = 30
 
 @dataclass(frozen=True)
 class _How:
+    """What is asked for, and of one leaf (`on`) along which axes codebooks differ."""
+
     clusters: int
     bits: int
     group_size: int | None
-    axis: int
+    axis: int | None
     dim: int
     stages: int
     start: str
     zero: bool | None
     key: jax.Array
+    extents: tuple[tuple[int, int], ...] = ()  # (axis, entries that share a codebook)
+
+    def on(self, path: str, shape: tuple[int, ...], use: Uses) -> "_How":
+        """The same for one leaf: every layer of a stack has codebooks of its own, or a size fails."""
+        if not shape:
+            raise ValueError(f"params: leaf {path!r} is a scalar; leave it out with where=")
+        if shape[-1] % self.dim:
+            raise ValueError(
+                f"vector_size: {self.dim} does not divide the last axis of leaf {path!r}, {shape}; "
+                "choose a divisor or leave it out with where="
+            )
+        extents = dict.fromkeys(use.stacked, 1)
+        if self.group_size is not None:
+            own = [a for a in (use.free or (-1,)) if a not in extents][-1:] or [-1]
+            axis = own[0] if self.axis is None else self.axis
+            if not -len(shape) <= axis < 0 or shape[axis] % self.group_size:
+                raise ValueError(
+                    f"group_size: {self.group_size} does not divide axis {axis} of leaf {path!r}, "
+                    f"{shape}; choose a divisor or leave it out with where="
+                )
+            if axis == -1 and self.dim > 1:
+                raise ValueError(
+                    f"channel_axis: vectors lie along the last axis of leaf {path!r}, so channels must "
+                    "lie along another one"
+                )
+            extents[axis] = self.group_size
+        return replace(self, extents=tuple(sorted(extents.items())))
 
 
 def cluster_tree(
     params: Params,
-    bits: int = 4,
+    bits: int | None = None,
     *,
     clusters: int | None = None,
     granularity: str = "tensor",
     group_size: int | None = None,
-    channel_axis: int = -1,
-    dim: int = 1,
-    stages: int = 1,
-    start: str = "optimal",
+    channel_axis: int | None = None,
+    vector_size: int = 1,
+    codebooks: int = 1,
+    init: str = "optimal",
     importance: Scores | None = None,
-    zero: bool | None = None,
+    preserve_zeros: bool | None = None,
     key: jax.Array | None = None,
+    uses: Any = None,
     where: Where = None,
 ) -> PyTree:
-    """Lets the weights of each leaf share few values: k-means, and `ClusteredArray` leaves.
+    """Cluster weights (k-means weight sharing): `ClusteredArray` leaves of few distinct values.
 
     Numbers are clustered by near-exact one-dimensional k-means (dynamic programming over bins, then
     Lloyd's iteration over their sums), vectors by k-means++ and Lloyd's.
 
     Args:
       params: any tree of arrays; compressed leaves count as what they stand for.
-      bits: of an index, 1 to 8.
+      bits: of an index, 1 to 8; 4 by default.
       clusters: values per codebook, 2 to 256, instead of `bits`.
       granularity: `"tensor"`, one codebook per leaf, or `"channel"`, one per entry of `channel_axis`.
       group_size: channels that share a codebook, instead of all or one.
-      channel_axis: the axis whose entries are channels.
-      dim: entries along the last axis that are one codeword (product quantization): `bits / dim` bits per
-        weight.
-      stages: codebooks whose codewords add up (additive quantization): `stages * bits / dim` bits.
-      start: of numbers: `"optimal"`, `"linear"`, `"density"` or `"kmeans++"`.
+      channel_axis: the axis whose entries are channels, counted from the end; by default the innermost
+        free one, without `uses` the last.
+      vector_size: entries along the last axis that are one codeword (product quantization):
+        `bits / vector_size` bits per weight.
+      codebooks: how many, whose codewords add up (additive quantization): `codebooks` times the bits.
+      init: of numbers: `"optimal"`, `"linear"`, `"density"` or `"kmeans++"`.
       importance: tree like `params` of non-negative numbers that broadcast against the leaves, such as
         `jp.scores.fisher`; a leaf's scalar counts as no importance. What is minimised is
         `sum(importance * (w - codeword)²)`.
-      zero: keep the first codeword of each codebook at exactly 0, for weights that are 0; by default in
-        leaves of which at least 1 % is. Needs `dim=1`.
+      preserve_zeros: keep the first codeword of each codebook at exactly 0, for weights that are 0; by
+        default in leaves of which at least 1 % is. Needs `vector_size=1`.
       key: of random starts; by default a fixed one.
-      where: which leaves; by default floating leaves with two axes or more.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights, and which axes stack layers: each
+        layer has codebooks of its own.
+      where: which leaves; by default the weights.
 
     Returns:
       The tree with `ClusteredArray` leaves.
 
     Raises:
-      ValueError: more clusters than a leaf has distinct values, NaN or infinity, sizes that `dim` or
-        `group_size` do not divide, importance that is negative or of another shape.
+      ValueError: more clusters than a leaf has distinct values, NaN or infinity, sizes that
+        `vector_size` or `group_size` do not divide, arguments that contradict each other, importance
+        that is negative or of another shape.
 
     Example:
       >>> tree = jp.cluster_tree({"w": jnp.linspace(0, 1, 4096).reshape(64, 64)}, bits=4)
@@ -91,19 +127,22 @@ def cluster_tree(
     (additive)
     """
     how = _checked(
-        bits, clusters, granularity, group_size, channel_axis, dim, stages, start, zero, key
-    )
+        bits, clusters, granularity, group_size, channel_axis, vector_size, codebooks, init,
+        preserve_zeros, key,
+    )  # fmt: skip
     paths, leaves, treedef = _trees.flatten(params)
-    chosen = _trees.select(params, where)
+    chosen = _trees.select(params, where, uses=uses)
     weights = _importances(importance, params, paths, leaves, chosen)
-    for path, leaf, hit in zip(paths, leaves, chosen, strict=True):
-        if hit:
-            _check_fits(path, leaf.shape, how)
+    roles = [Uses("product")] * len(leaves) if uses is None else _trees.uses_of(params, uses)
+    ways = {
+        i: how.on(path, tuple(leaf.shape), use)
+        for i, (path, leaf, hit, use) in enumerate(zip(paths, leaves, chosen, roles, strict=True))
+        if hit
+    }
     out = list(leaves)
-    todo = [i for i, hit in enumerate(chosen) if hit]
     silent = not Console().is_terminal
-    for i in track(todo, "cluster", transient=True, disable=silent):
-        out[i] = _clustered(paths[i], _trees.dense(leaves[i]), weights[i], how)
+    for i, own in track(ways.items(), "cluster", transient=True, disable=silent):
+        out[i] = _clustered(paths[i], _trees.dense(leaves[i]), weights[i], own)
     return treedef.unflatten(out)
 
 
@@ -128,11 +167,11 @@ def materialize_tree(tree: PyTree) -> Params:
 
 
 def _checked(
-    bits: int,
+    bits: int | None,
     clusters: int | None,
     granularity: str,
     group_size: int | None,
-    axis: int,
+    axis: int | None,
     dim: int,
     stages: int,
     start: str,
@@ -140,26 +179,33 @@ def _checked(
     key: jax.Array | None,
 ) -> _How:
     if clusters is None:
+        bits = 4 if bits is None else bits
         if isinstance(bits, bool) or bits not in range(1, 9):
             raise ValueError(f"bits: expected 1 to 8, got {bits!r}")
         clusters = 2**bits
     else:
+        if bits is not None:
+            raise ValueError(
+                f"bits, clusters: {clusters} clusters have bits of their own; give one"
+            )
         _checks.positive_int("clusters", clusters, least=2)
         if clusters > 256:
             raise ValueError(f"clusters: expected 2 to 256, got {clusters}")
         bits = int(np.ceil(np.log2(clusters)))
     _checks.choice("granularity", granularity, ("tensor", "channel"))
-    _checks.choice("start", start, _kmeans.STARTS)
-    _checks.positive_int("dim", dim)
-    _checks.positive_int("stages", stages)
+    _checks.choice("init", start, _kmeans.STARTS)
+    _checks.positive_int("vector_size", dim)
+    _checks.positive_int("codebooks", stages)
     if group_size is not None:
         _checks.positive_int("group_size", group_size)
     size = 1 if granularity == "channel" and group_size is None else group_size
-    if dim > 1 and zero:
-        raise ValueError("zero: codewords that are vectors cannot hold pruned weights; use dim=1")
-    if axis == -1 and size is not None and dim > 1:
+    if axis is not None and size is None:
         raise ValueError(
-            "channel_axis: vectors lie along the last axis, so channels must lie along another one"
+            "channel_axis: one codebook serves all channels; give granularity or group_size"
+        )
+    if dim > 1 and zero:
+        raise ValueError(
+            "preserve_zeros: codewords that are vectors cannot hold pruned weights; use vector_size=1"
         )
     key = jax.random.key(0) if key is None else key
     return _How(clusters, bits, size, axis, dim, stages, start, zero, key)
@@ -192,23 +238,6 @@ def _importances(
                 )
         out.append(jnp.broadcast_to(weight, leaf.shape))
     return out
-
-
-def _check_fits(path: str, shape: tuple[int, ...], how: _How) -> None:
-    if not shape:
-        raise ValueError(f"params: leaf {path!r} is a scalar; leave it out with where=")
-    if shape[-1] % how.dim:
-        raise ValueError(
-            f"dim: {how.dim} does not divide the last axis of leaf {path!r}, {shape}; choose a divisor "
-            "or leave it out with where="
-        )
-    if how.group_size is None:
-        return
-    if not -len(shape) <= how.axis < len(shape) or shape[how.axis] % how.group_size:
-        raise ValueError(
-            f"group_size: {how.group_size} does not divide axis {how.axis} of leaf {path!r}, {shape}; "
-            "choose a divisor or leave it out with where="
-        )
 
 
 def _clustered(path: str, x: Any, weight: Any, how: _How) -> ClusteredArray:
@@ -273,22 +302,21 @@ def _book_dtype(dtype: Any) -> Any:
 
 def _groups(shape: tuple[int, ...], how: _How) -> Iterator[tuple[slice, ...]]:
     """The part of an array that each codebook serves."""
-    if how.group_size is None:
-        yield (slice(None),) * len(shape)
-        return
-    axis = how.axis % len(shape)
-    for start in range(0, shape[axis], how.group_size):
-        cut = slice(start, start + how.group_size)
-        yield tuple(cut if i == axis else slice(None) for i in range(len(shape)))
+    extents = {axis % len(shape): size for axis, size in how.extents}
+    ranges = [range(0, n, max(extents.get(i, n), 1)) for i, n in enumerate(shape)]
+    for starts in itertools.product(*ranges):
+        yield tuple(
+            slice(start, start + extents.get(i, n))
+            for i, (start, n) in enumerate(zip(starts, shape, strict=True))
+        )
 
 
 def _stacked(books: list[Any], shape: tuple[int, ...], how: _How) -> jax.Array:
     """Codebooks with the axes of the array, of size 1 or as many as there are groups."""
-    tail = books[0].shape
     axes = [1] * len(shape)
-    if how.group_size is not None:
-        axes[how.axis] = len(books)
-    return jnp.stack(books).reshape(*axes, *tail)
+    for axis, size in how.extents:
+        axes[axis] = shape[axis] // size
+    return jnp.stack(books).reshape(*axes, *books[0].shape)
 
 
 def _copied(book: jax.Array, index: jax.Array, how: _How) -> tuple[jax.Array, int | None]:

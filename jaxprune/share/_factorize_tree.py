@@ -11,6 +11,7 @@ from rich.table import Table
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Params, PyTree, Where
+from jaxprune._uses import Uses
 from jaxprune.share import _decompose
 from jaxprune.share._low_rank import LowRankArray, TuckerArray
 
@@ -55,9 +56,10 @@ def factorize_tree(
     stats: PyTree | None = None,
     batch: int | None = None,
     tail: int | None = None,
+    uses: Any = None,
     where: Where = None,
 ) -> PyTree:
-    """Replaces weights by products of smaller ones, where that saves parameters.
+    """Factorize weights (low rank, Tucker, CP), where that saves parameters.
 
     `svd` cuts the singular values of each matrix (m, n): `LowRankArray`s of (m, rank) and (rank, n).
     Stacks of matrices (three axes) are cut layer by layer; convolution kernels (four axes and more) as
@@ -73,10 +75,12 @@ def factorize_tree(
       method: `"svd"`, `"tucker"` or `"cp"`.
       stats: of `jp.calibrate`, on the same tree: what is kept is the outputs on that data, not the
         weights (with `second_moment=True` exactly, else feature by feature). Only with `svd`.
-      batch: leading axes that hold stacked matrices; by default 1 of leaves with three axes, else 0.
-      tail: trailing axes of the second factor; by default 1. A Flax attention's query kernel (in, heads,
-        dims) takes `batch=0, tail=2`.
-      where: which leaves; by default floating leaves with two axes or more.
+      batch: leading axes that hold stacked matrices; by default the stacked ones that `uses` names,
+        without it 1 of leaves with three axes, else 0.
+      tail: trailing axes of the second factor; by default the free (or, where matrices are transposed
+        before use, contracted) ones that `uses` names, without it 1.
+      uses: of `jp.uses(fn, params, *args)`, or statistics that carry them: by default `stats`.
+      where: which leaves; by default the weights.
 
     Returns:
       The tree with `LowRankArray` or `TuckerArray` leaves.
@@ -100,7 +104,9 @@ def factorize_tree(
     """
     _check_targets(rank, energy, budget, method, stats)
     paths, leaves, treedef = _trees.flatten(params)
-    chosen = _trees.select(params, where)
+    uses = stats if uses is None else uses
+    chosen = _trees.select(params, where, uses=uses)
+    known = _trees.uses_of(params, uses)
     found_stats = [None] * len(leaves) if stats is None else treedef.flatten_up_to(stats)
     out, dense = list(leaves), []
     ready: dict[int, _Leaf] = {}
@@ -110,7 +116,8 @@ def factorize_tree(
             continue
         host = _host(paths[i], leaves[i])
         if method == "svd":
-            ready[i] = _as_matrices(paths[i], host, found_stats[i], batch, tail)
+            parts = _parts(paths[i], host.shape, known[i], uses is not None, batch, tail)
+            ready[i] = _as_matrices(paths[i], host, found_stats[i], *parts)
         elif host.ndim < 3:
             raise ValueError(
                 f"method: {method!r} factorises convolution kernels, and leaf {paths[i]!r} has shape "
@@ -205,14 +212,32 @@ def _host(path: str, leaf: Any) -> np.ndarray:
     return host
 
 
-def _as_matrices(path: str, x: np.ndarray, stat: Any, batch: int | None, tail: int | None) -> _Leaf:
-    lead = (1 if x.ndim == 3 else 0) if batch is None else batch
-    last = 1 if tail is None else tail
-    if lead < 0 or last < 1 or lead + last >= x.ndim:
+def _parts(
+    path: str, shape: tuple[int, ...], use: Uses, is_read: bool, batch: int | None, tail: int | None
+) -> tuple[int, int]:
+    """How many leading axes stack matrices, and how many trailing ones the second factor has."""
+    n = len(shape)
+    stacked, outer = [axis + n for axis in use.stacked], [axis + n for axis in use.free]
+    if is_read and batch is None and stacked != list(range(len(stacked))):
+        raise ValueError(
+            f"uses: leaf {path!r} of shape {shape} stacks matrices along axes {stacked}, which are not "
+            "the leading ones; leave it out with where="
+        )
+    lead = len(stacked) if is_read else (1 if n == 3 and len(outer) == 1 else 0)
+    lead = lead if batch is None else batch
+    last = len(outer) if outer and outer == list(range(n - len(outer), n)) else 1
+    if is_read and outer == list(range(lead, lead + len(outer))) and lead + len(outer) < n:
+        last = n - lead - len(outer)  # (out, in): the contracted axes are the trailing ones
+    last = last if tail is None else tail
+    if lead < 0 or last < 1 or lead + last >= n:
         raise ValueError(
             f"batch, tail: {lead} and {last} leave no axis to the first factor of leaf {path!r}, shape "
-            f"{x.shape}; give others, or leave it out with where="
+            f"{shape}; give others, or leave it out with where="
         )
+    return lead, last
+
+
+def _as_matrices(path: str, x: np.ndarray, stat: Any, lead: int, last: int) -> _Leaf:
     count = int(np.prod(x.shape[:lead]))
     m, n = int(np.prod(x.shape[lead : x.ndim - last])), int(np.prod(x.shape[x.ndim - last :]))
     flat = x.reshape(count, m, n)

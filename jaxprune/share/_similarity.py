@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
-from scipy.optimize import linear_sum_assignment
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Params, PyTree, Where
@@ -168,6 +167,8 @@ def _pairs(group: list[Piece], measure: str) -> Iterator[tuple[Piece, Piece, flo
 
 def best_order(source: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Places along the last axis of `source` that make it most like `x`."""
+    from scipy.optimize import linear_sum_assignment  # slow to import: when it is used
+
     a, b = (y.reshape(-1, y.shape[-1]).astype(np.float64) for y in (source, x))
     rows, columns = linear_sum_assignment(b.T @ a, maximize=True)
     return columns[np.argsort(rows)]

@@ -1,7 +1,7 @@
 """Trees of pruned weights, stored compactly."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,9 @@ def sparsify_tree(
     *,
     n: int = 2,
     m: int = 4,
-    axis: int = -2,
+    axis: int | Literal["contracted"] = "contracted",
     masks: Masks | None = None,
+    uses: Any = None,
     where: Where = None,
 ) -> PyTree:
     """Stores weights that are pruned in an N:M pattern without their zeros.
@@ -32,11 +33,11 @@ def sparsify_tree(
         such masks leaves them.
       n: at most so many of each group are not zero.
       m: neighbours in a group, at most 32.
-      axis: along which groups lie, as in `jp.masks.NM`: -2 is the input axis of Flax kernels.
+      axis: along which groups lie, as in `jp.masks.NM`: by default the contracted one.
       masks: what is kept; by default what is not zero. With masks, kept weights that happen to be zero
         keep their place.
-      where: which leaves; by default all floating ones with two axes or more that have the pattern,
-        others stay as they are.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights, and their contracted axes.
+      where: which leaves; by default all weights that have the pattern, others stay as they are.
 
     Returns:
       The tree with `SparseArray` leaves.
@@ -54,6 +55,8 @@ def sparsify_tree(
       >>> bool((tree["w"].materialize() == pruned["w"]).all())
       True
     """
+    if isinstance(axis, str):
+        _checks.choice("axis", axis, ("contracted",))
     _checks.positive_int("n", n)
     _checks.positive_int("m", m, least=2)
     if n > m or m > LARGEST:
@@ -62,23 +65,29 @@ def sparsify_tree(
     if masks is not None:
         _checks.masks_fit(masks, params)
     flags = [True] * len(leaves) if masks is None else treedef.flatten_up_to(masks)
-    chosen = _trees.select(params, where)
+    chosen = _trees.select(params, where, uses=uses)
+    known = _trees.uses_of(params, uses)
+    axes = [
+        use.contracted_axis(_trees.rank(leaf)) if axis == "contracted" else axis
+        for use, leaf in zip(known, leaves, strict=True)
+    ]
     tried = [
         (i, kept)
         for i, (path, leaf, hit, flag) in enumerate(zip(paths, leaves, chosen, flags, strict=True))
         if hit and not is_compressed(leaf)
-        for kept in [_kept(path, leaf, flag, n, m, axis, masks is not None, where is not None)]
+        for kept in [_kept(path, leaf, flag, n, m, axes[i], masks is not None, where is not None)]
         if kept is not None
     ]
     if not tried:
         raise ValueError(
             f"params: no leaf has at most {n} of every {m} entries along axis {axis} that are not zero; "
-            f"prune first: jp.prune_tree(params, {1 - n / m:g}, pattern=jp.masks.NM({n}, {m}, {axis}))"
+            f"prune first: jp.prune_tree(params, {1 - n / m:g}, pattern=jp.masks.NM({n}, {m}, {axis!r}))"
         )
     out = list(leaves)
     for i, kept in tried:
         x = leaves[i]
-        out[i] = _compact(jnp.asarray(x), kept, n=n, m=m, axis=axis if axis < 0 else axis - x.ndim)
+        at = axes[i] if axes[i] < 0 else axes[i] - x.ndim
+        out[i] = _compact(jnp.asarray(x), kept, n=n, m=m, axis=at)
     return treedef.unflatten(out)
 
 

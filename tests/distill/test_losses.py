@@ -1,5 +1,6 @@
 """Losses against formulas written out in NumPy, their gradients, and what all losses share."""
 
+import inspect
 import math
 
 import jax
@@ -390,6 +391,140 @@ def test_per_example_where_and_vmap(name):
     np.testing.assert_allclose(stacked, [loss(S, T), loss(T, S)], rtol=1e-5)
 
 
+KINDS = [
+    "forward",
+    "reverse",
+    "symmetric",
+    "jensen_shannon",
+    "skew",
+    "total_variation",
+    "alpha_beta",
+]
+DRAWS = np.random.default_rng(3).integers(0, 10, (6, 4))
+KEEP = np.array([True, True, False, True, False, False])
+TOKENS = np.array([[True, True, True, False, True], [True, False, True, True, False]])
+ATTENTION, ATTENTION_T = softmax(np.random.default_rng(4).normal(size=(2, 2, 3, 5, 5)))
+# every loss with `where`: how to call it, its inputs, the mask, and the mask over the inputs' entries
+MASKED = {
+    **{name: (loss, S, T, KEEP, KEEP[:, None]) for name, loss in EXAMPLES.items()},
+    **{
+        kind: (
+            lambda s, t, kind=kind, **kw: d.divergence(s, t, kind=kind, alpha=0.3, **kw),
+            *(S, T, KEEP, KEEP[:, None]),
+        )
+        for kind in KINDS
+    },
+    "dist": (d.dist, S, T, KEEP, KEEP[:, None]),
+    "sampled_kd": (lambda s, _, **kw: d.sampled_kd(s, DRAWS, **kw), S, T, KEEP, KEEP[:, None]),
+    "sequence_kd": (lambda s, _, **kw: d.sequence_kd(s, LABELS, **kw), S, T, KEEP, KEEP[:, None]),
+    "regularized_kd": (
+        lambda s, _, **kw: d.regularized_kd(s, LABELS, **kw), S, T, KEEP, KEEP[:, None],
+    ),
+    "hint": (d.hint, S, T, KEEP[:, None], KEEP[:, None]),
+    "vid": (
+        lambda s, t, **kw: d.vid(s, jax.lax.stop_gradient(jnp.abs(t) + 1), t, **kw),
+        S, T, KEEP[:, None], KEEP[:, None],
+    ),
+    "attention_relation": (
+        lambda s, t, **kw: d.attention_relation(s, t, heads=3, **kw),
+        HIDDEN, HIDDEN_T, TOKENS, TOKENS[..., None],
+    ),
+    "attention, kl": (
+        d.attention_distribution, ATTENTION, ATTENTION_T, TOKENS,
+        TOKENS[:, None, :, None] & TOKENS[:, None, None, :],
+    ),
+    "attention, mse": (
+        lambda s, t, **kw: d.attention_distribution(s, t, kind="mse", **kw),
+        ATTENTION, ATTENTION_T, TOKENS, TOKENS[:, None, :, None] & TOKENS[:, None, None, :],
+    ),
+    "hidden_states": (
+        lambda s, t, **kw: d.hidden_states([s], [t], **kw), HIDDEN, HIDDEN_T, TOKENS, TOKENS[..., None],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_what_is_masked_has_no_effect_whatever_it_holds(name):
+    loss, s, t, where, entries = MASKED[name]
+    run = jax.jit(jax.value_and_grad(lambda s, t: loss(s, t, where=where), (0, 1)))
+    value, grads = run(jnp.asarray(s), jnp.asarray(t))
+    assert bool(jnp.isfinite(value))
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        broken = [jnp.where(entries, x, bad) for x in (s, t)]
+        other, others = run(*broken)
+        np.testing.assert_array_equal(other, value)
+        for a, b in zip(grads, others, strict=True):
+            np.testing.assert_array_equal(a, b)
+            np.testing.assert_array_equal(jnp.where(entries, 0, b), 0)
+    if entries.ndim == 2 and name not in ("hint", "vid"):
+        with pytest.raises(ValueError, match="where: shape"):
+            loss(s, t, where=where[:, None])
+
+
+def test_every_loss_with_where_is_tested():
+    takes = {n for n in d.__all__ if "where" in inspect.signature(getattr(d, n)).parameters}
+    tested = {*MASKED, *(name.split(",")[0] for name in MASKED)}
+    aliases = {"divergence", "ranking", "attention_distribution", "value_relation"}
+    assert takes <= tested | aliases
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "logit_std_kd", "ranking", "dist", *KINDS])
+def test_impossible_classes_are_as_if_absent(name):
+    """Logits of -inf in student and teacher: vocabulary that this example cannot have."""
+    loss = MASKED[name][0]
+    if name == "dkd":
+        loss = lambda s, t: d.dkd(s, t, LABELS % 7)
+    barred = np.array([7, 9])
+    s, t = (jnp.asarray(x).at[:, barred].set(-jnp.inf) for x in (S, T))
+    run = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    value, grads = run(s, t)
+    wanted, slopes = run(*(np.delete(x, barred, 1) for x in (S, T)))
+    np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-7)
+    for a, b in zip(grads, slopes, strict=True):
+        np.testing.assert_allclose(np.delete(a, barred, 1), b, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(a[:, barred], 0)
+
+
+def test_each_example_its_temperature():
+    temperature = np.linspace(1.0, 4.0, 6, dtype=np.float32)
+    calls = {
+        **{name: EXAMPLES[name] for name in EXAMPLES if name not in ("cosine",)},
+        "sampled_kd": MASKED["sampled_kd"][0],
+        "regularized_kd": MASKED["regularized_kd"][0],
+    }
+    for name, loss in calls.items():
+        each = loss(S, T, temperature=temperature, reduction="none")
+        alone = [
+            loss(S, T, temperature=float(x), reduction="none")[i] for i, x in enumerate(temperature)
+        ]
+        np.testing.assert_allclose(each, jnp.stack(alone), rtol=1e-5, atol=1e-7, err_msg=name)
+    sideways = d.kd(S.T, T.T, temperature=temperature, axis=0)
+    np.testing.assert_allclose(sideways, d.kd(S, T, temperature=temperature), rtol=1e-6)
+    padded = np.where(KEEP, temperature, 0)  # of examples that do not count
+    loss = lambda s: d.kd(s, T, temperature=padded, where=KEEP)
+    assert bool(jnp.isfinite(jax.grad(loss)(jnp.asarray(S))).all())
+
+
+@pytest.mark.parametrize("name", ["kd_with_labels", "dkd", "sequence_kd", "regularized_kd"])
+def test_ignored_labels(name):
+    calls = {
+        "kd_with_labels": lambda s, labels, **kw: d.kd_with_labels(s, T, labels, **kw),
+        "dkd": lambda s, labels, **kw: d.dkd(s, T, labels, **kw),
+        "sequence_kd": d.sequence_kd,
+        "regularized_kd": d.regularized_kd,
+    }
+    loss, marked = calls[name], np.where(KEEP, LABELS, -100)
+    value, grads = jax.value_and_grad(loss)(jnp.asarray(S), marked, ignore_label=-100)
+    wanted, slopes = jax.value_and_grad(loss)(jnp.asarray(S), LABELS, where=KEEP)
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    np.testing.assert_allclose(grads, slopes, rtol=1e-6)
+    with pytest.raises(ValueError, match="-100 is none of 10 classes"):
+        loss(S, marked)
+    traced = jax.jit(lambda labels: loss(S, labels))
+    assert bool(jnp.isnan(traced(np.where(KEEP, LABELS, -1))))
+    assert bool(jnp.isfinite(traced(LABELS)))
+
+
 def test_axis():
     np.testing.assert_allclose(d.kd(S.T, T.T, axis=0), d.kd(S, T), rtol=1e-6)
     np.testing.assert_allclose(d.dkd(S.T, T.T, LABELS, axis=0), d.dkd(S, T, LABELS), rtol=1e-6)
@@ -449,6 +584,9 @@ def test_sskd_parts():
         (lambda: d.kd(S, T[:, :9]), "9 classes"),
         (lambda: d.kd(S, T, temperature=0.0), "above 0"),
         (lambda: d.kd(S, T, temperature=-1.0), "above 0"),
+        (lambda: d.kd(S, T, temperature=np.zeros(6)), "above 0"),
+        (lambda: d.kd(S, T, temperature=np.ones(5)), "one per example"),
+        (lambda: d.dist(S, T, temperature=np.ones(6)), "compares"),
         (lambda: d.kd(S, T, reduction="avg"), "expected one of"),
         (lambda: d.dkd(S, T, LABELS[:5]), "labels: expected integers"),
         (lambda: d.dkd(S, T, LABELS.astype(float)), "labels: expected integers"),

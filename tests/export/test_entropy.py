@@ -42,7 +42,7 @@ def shared_trees():
     w, k = normal(32, 24), normal(3, 3, 8, 16)
     return {
         "clusters": jp.cluster_tree({"w": w, "k": k}, bits=5),
-        "vectors": jp.cluster_tree({"w": w}, bits=3, dim=2, stages=2),
+        "vectors": jp.cluster_tree({"w": w}, bits=3, vector_size=2, codebooks=2),
         "codebook": jp.quantize_tree(jp.cluster_tree({"w": w}, bits=4), bits=8),
         "factors": jp.factorize_tree({"w": w, "k": k}, rank=4),
         "tucker": jp.factorize_tree({"k": k}, rank=3, method="tucker"),

@@ -1,6 +1,7 @@
 """One contract for both transforms: pruned weights are exactly zero in any stock loop."""
 
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -263,6 +264,172 @@ def test_scan_over_steps(params):
     chex.assert_trees_all_close(scanned, looped, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_states_under_optax_and_flax(wrapper, params):
+    """`map_params`, `tree.get` and `flax.serialization`, alone and behind `multi_transform`."""
+    alone = WRAPPERS[wrapper](optax.adam(0.1))
+    labels = {"conv": "x", "dense": "x", "embed": "y"}
+    parts = optax.multi_transform({"x": alone, "y": optax.sgd(0.1)}, labels)
+    for tx in (alone, parts):
+        _, state = steps(tx, params, 3)
+        doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
+        assert jax.tree.structure(doubled) == jax.tree.structure(state)
+        mu, twice = (optax.tree.get(s, "mu") for s in (state, doubled))
+        chex.assert_trees_all_close(twice, jax.tree.map(lambda x: 2 * x, mu))
+        assert optax.tree.get(state, "count") == 3
+        back = flax.serialization.from_bytes(tx.init(params), flax.serialization.to_bytes(state))
+        chex.assert_trees_all_equal(back, state)
+
+
+def test_packed_masks_of_other_parameters_are_refused():
+    state = jp.masked_update(optax.sgd(0.1), HALF, packed=True).init({"w": jnp.ones((4, 4))})
+    data = flax.serialization.to_bytes(state)
+    for other in ({"w": jnp.ones((5, 4))}, {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 4))}):
+        tx = jp.masked_update(optax.sgd(0.1), HALF, packed=True)
+        with pytest.raises(ValueError, match="same parameters"):
+            flax.serialization.from_bytes(tx.init(other), data)
+
+
+@pytest.mark.parametrize("inner", ["sgd", "adam", "chain"])
+def test_regrown_weights_start_anew(inner, params):
+    """Their moments are those of a weight that has always been zero."""
+    tx = jp.masked_update(INNERS[inner](), HALF)
+    trained, state = steps(tx, params, 3)
+    masks = jp.optim.get_masks(state)
+    swapped = jax.tree.map(lambda m: ~m if m.ndim else m, masks)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state = jp.optim.replace_masks(state, swapped)
+    _, state = tx.update(zeros, state, trained)
+    moments = [x for x in jax.tree.leaves(state.inner_state) if jnp.shape(x) == (16, 10)]
+    assert moments
+    state = jp.optim.replace_masks(state, masks)
+    _, state = tx.update(zeros, state, jax.tree.map(jnp.zeros_like, trained))
+    moments = [x for x in jax.tree.leaves(state.inner_state) if jnp.shape(x) == (16, 10)]
+    for moment in moments:  # all were pruned once
+        np.testing.assert_array_equal(moment, 0)
+
+
+def test_gradual_drops_momenta_of_what_it_prunes(params):
+    tx = jp.optim.gradual(optax.sgd(0.1, momentum=0.9), jp.schedules.one_shot(0.5, at=2))
+    trained, state = steps(tx, params, 3)
+    assert_zero(optax.tree.get(state, "trace"), jp.optim.get_masks(state))
+    assert jp.sparsity(trained) == pytest.approx(0.5, abs=0.01)
+
+
+def test_evaluation_weights_and_distances_are_masked(params):
+    tx = jp.masked_update(optax.contrib.schedule_free_sgd(0.1), HALF)
+    trained, state = steps(tx, params, 3)
+    masks = jp.optim.get_masks(state)
+    assert_zero(optax.contrib.schedule_free_eval_params(state.inner_state, trained), masks)
+    _, state = steps(jp.masked_update(optax.contrib.dog(1.0), HALF), params, 3)
+    assert_zero(optax.tree.get(state, "init_params"), masks)
+
+
+def test_lookahead_keeps_both_copies(params):
+    pair = optax.LookaheadParams.init_synced(params)
+    for packed in (False, True):
+        tx = jp.masked_update(optax.lookahead(optax.adam(0.1), 2, 0.5), HALF(params), packed=packed)
+        state = tx.init(pair)
+        trained = pair
+        for _ in range(3):
+            updates, state = tx.update(params, state, trained)
+            trained = optax.apply_updates(trained, updates)
+        assert_zero(trained.fast, HALF(params))
+        assert_zero(trained.slow, HALF(params))
+        jp.optim.check(state, trained)
+
+
+def test_flattened_masks():
+    params = {"a": jnp.ones(3), "b": jnp.ones((2, 2)), "c": jnp.ones(2)}
+    masks = {"a": jnp.array(True), "b": jnp.eye(2, dtype=bool), "c": jnp.array([True, False])}
+    tx = optax.flatten(jp.masked_update(optax.sgd(0.1), masks))
+    trained, state = steps(tx, params, 2)
+    assert_zero(trained, masks)
+    assert jax.tree.map(int, jp.optim.check(state, trained)) == {"a": 0, "b": 0, "c": 0}
+    masks["c"] = jnp.array(True)  # where do its entries end?
+    with pytest.raises(ValueError, match=r"masked_update\(optax.flatten"):
+        optax.flatten(jp.masked_update(optax.sgd(0.1), masks)).init(params)
+
+
+def test_check_finds_what_came_back(params):
+    masks = HALF(params)
+    tx = optax.chain(jp.masked_update(optax.scale_by_adam(), masks), optax.scale(-0.1))
+    trained, state = steps(tx, params, 2)
+    pruned = int(jnp.sum(~masks["dense"]["kernel"]))
+    with pytest.raises(ValueError, match=r"leaf 'conv/kernel' are not zero, and some of 2 more"):
+        jp.optim.check(state, trained)
+    counts = jax.jit(jp.optim.check)(state, trained)
+    assert counts["dense"]["kernel"] == pruned
+    assert counts["dense"]["bias"] == 0
+    cured = jp.apply_masks(trained, masks)
+    assert not any(jax.tree.leaves(jp.optim.check(state, cured)))
+    cured["embed"] = jnp.where(masks["embed"], cured["embed"], jnp.nan)
+    with pytest.raises(ValueError, match="'embed'"):
+        jp.optim.check(state, cured)
+    with pytest.raises(ValueError, match="unexpected 'conv/bias'"):
+        jp.optim.check(state, {"embed": params["embed"]})
+
+
+@pytest.mark.parametrize(
+    ("compress", "cure"),
+    [
+        (lambda p: jp.quantize_tree(p, 8), "jp.optim.trainable"),
+        (lambda p: jp.cluster_tree(p, bits=2), "jp.optim.trainable"),
+        (lambda p: jp.qat.prepare(p, 8), r"jp.qat.prepare\(params, masks=masks\)"),
+    ],
+)
+def test_compressed_leaves_are_refused_with_the_cure(compress, cure, params):
+    tree = compress(params)
+    for tx in (
+        jp.masked_update(optax.sgd(0.1), HALF(params)),
+        jp.optim.gradual(optax.sgd(0.1), jp.schedules.linear(0.5, end=2)),
+        jp.optim.clustered(optax.sgd(0.1)),
+    ):
+        with pytest.raises(TypeError, match=f"'conv/kernel'.*{cure}"):
+            tx.init(tree)
+    kept = jax.tree.map(lambda m: jnp.array(True), HALF(params))
+    jp.masked_update(optax.set_to_zero(), kept).init(tree)  # nothing of them is masked
+
+
+def test_weights_that_no_update_makes_zero_are_named():
+    masks = {"w": jnp.array([True, False])}
+    tx = jp.masked_update(optax.sgd(0.1), masks)
+    for value in (jnp.inf, -jnp.inf, jnp.nan):
+        with pytest.raises(ValueError, match="'w' is infinite or NaN"):
+            tx.init({"w": jnp.array([1.0, value])})
+        tx.init({"w": jnp.array([value, 1.0])})
+    with pytest.raises(TypeError, match="'w' has dtype int32"):
+        tx.init({"w": jnp.array([1, 2])})
+
+
+def test_min_keep():
+    params = {"a": jnp.arange(1.0, 5).reshape(2, 2), "b": jnp.ones((1, 1))}
+    _, masks = jp.prune_tree(params, 0.9, scope="leaf")
+    assert [int(m.sum()) for m in jax.tree.leaves(masks)] == [0, 0]
+    _, masks = jp.prune_tree(params, 0.9, scope="leaf", min_keep=1)
+    assert masks["a"].tolist() == [[False, False], [False, True]]
+    assert masks["b"].all()
+    _, masks = jp.prune_tree(params, {"a": 0.9, "b": 1.0}, min_keep=2)
+    assert [int(m.sum()) for m in jax.tree.leaves(masks)] == [2, 1]
+    tx = jp.optim.gradual(optax.sgd(0.1), lambda _: 1.0, scope="leaf", min_keep=1)
+    trained, _ = steps(tx, params, 2)
+    assert [int(jnp.sum(x != 0)) for x in jax.tree.leaves(trained)] == [1, 1]
+    with pytest.raises(ValueError, match='min_keep.*scope="leaf"'):
+        jp.prune_tree(params, 0.5, min_keep=1)
+
+
+def test_clustered_follows_wide_parameters():
+    with jax.enable_x64(True):
+        params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)))}
+        tx = jp.optim.clustered(optax.sgd(0.1), bits=2)
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(params, state, params)
+            params = optax.apply_updates(params, updates)
+        assert params["w"].dtype == jnp.float64
+        assert jnp.unique(params["w"]).size == 4
+
+
 def test_bad_input(params):
     tx = jp.masked_update(optax.sgd(0.1), {"w": jnp.ones(3, bool)})
     with pytest.raises(ValueError, match="missing"):
@@ -274,3 +441,5 @@ def test_bad_input(params):
         jp.optim.gradual(optax.sgd(0.1), 0.5)
     with pytest.raises(ValueError, match="nearest"):
         jp.optim.gradual(optax.sgd(0.1), lambda _: 0.5, where="embd").init(params)
+    with pytest.raises(ValueError, match="selects no leaf"):
+        jp.optim.gradual(optax.sgd(0.1), lambda _: 0.5).init({"b": jnp.ones(3)})

@@ -23,10 +23,10 @@ CLUSTERS = {
     "6 bits": {"bits": 6},
     "channels": {"bits": 2, "granularity": "channel"},
     "groups": {"bits": 2, "group_size": 4},
-    "zero": {"bits": 3, "zero": True},
+    "zero": {"bits": 3, "preserve_zeros": True},
     "integers": {"bits": 4},
     "integers of 5 bits": {"bits": 5},
-    "vectors": {"bits": 3, "dim": 2},
+    "vectors": {"bits": 3, "vector_size": 2},
 }
 
 

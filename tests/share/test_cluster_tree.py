@@ -29,10 +29,10 @@ WAYS = {
     "many": {"bits": 6},
     "channels": {"bits": 2, "granularity": "channel"},
     "groups": {"bits": 2, "group_size": 4, "channel_axis": -2},
-    "vectors": {"bits": 3, "dim": 2},
-    "additive": {"bits": 2, "dim": 2, "stages": 2},
-    "groups of vectors": {"bits": 2, "dim": 2, "group_size": 4, "channel_axis": -2},
-    "a start": {"bits": 3, "start": "kmeans++"},
+    "vectors": {"bits": 3, "vector_size": 2},
+    "additive": {"bits": 2, "vector_size": 2, "codebooks": 2},
+    "groups of vectors": {"bits": 2, "vector_size": 2, "group_size": 4, "channel_axis": -2},
+    "a start": {"bits": 3, "init": "kmeans++"},
 }
 
 
@@ -185,12 +185,12 @@ def test_sharded_leaves():
         ({"bits": 0}, "1 to 8"),
         ({"clusters": 300}, "2 to 256"),
         ({"bits": 8}, "'w'"),
-        ({"dim": 5}, "does not divide"),
+        ({"vector_size": 5}, "does not divide"),
         ({"group_size": 5}, "does not divide"),
-        ({"start": "best"}, "expected one of"),
+        ({"init": "best"}, "expected one of"),
         ({"importance": {"w": -jnp.ones((8, 8))}}, "negative"),
         ({"importance": {"v": jnp.ones((8, 8))}}, "structure"),
-        ({"dim": 2, "zero": True}, "dim=1"),
+        ({"vector_size": 2, "preserve_zeros": True}, "vector_size=1"),
         ({"where": "x"}, "matches no path"),
     ],
 )
@@ -230,7 +230,7 @@ def test_optimizer_keeps_weights_on_centroids():
 def test_optimizer_keeps_zeros():
     params = jp.prune_tree({"w": normal(16, 16)}, 0.5)[0]
     zeros = np.asarray(params["w"] == 0)
-    tx = jp.optim.clustered(optax.sgd(0.1), bits=2, zero=True)
+    tx = jp.optim.clustered(optax.sgd(0.1), bits=2, preserve_zeros=True)
     state = tx.init(params)
     for i in range(4):
         updates, state = tx.update({"w": normal(16, 16, seed=i)}, state, params)

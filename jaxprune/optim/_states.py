@@ -1,0 +1,57 @@
+"""What optimizer states hold of pruned weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune._types import Masks, Params, is_compressed
+
+
+def reset_pruned(
+    state: optax.OptState, fresh: optax.OptState, masks: Masks, params: Params
+) -> optax.OptState:
+    """Gives the entries of pruned weights the values that they have in a `fresh` state.
+
+    A leaf of the state belongs to a parameter if its key path holds that parameter's (the last one
+    that fits) and its shape ends in the parameter's: moments, averages, copies and histories of any
+    optimizer, also behind `optax.masked`, `multi_transform` and `inject_hyperparams`. A leaf that
+    belongs to none and is as long as all parameters together is that of `optax.flatten`.
+
+    Args:
+      state: of any optax transform.
+      fresh: what the transform's `init` returns for `params`.
+      masks: tree of bools; True = keep.
+      params: the parameters, masked.
+
+    Returns:
+      A state like `state`.
+    """
+    fast = lambda tree: tree.fast if isinstance(tree, optax.LookaheadParams) else tree
+    params, masks = fast(params), fast(masks)
+    items, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_compressed)
+    found = zip(items, treedef.flatten_up_to(masks), strict=True)
+    owners = {path: (jnp.shape(p), m) for (path, p), m in found}
+    if not any(jnp.ndim(m) for _, m in owners.values()):
+        return state
+    size = sum(jnp.size(p) for p in jax.tree.leaves(params))
+
+    def reset(path: Any, old: Any, new: Any) -> Any:
+        shape = jnp.shape(old)
+        mask = _mask_of(path, shape, owners)
+        if mask is None and shape[-1:] == (size,):
+            mask = jnp.concatenate([jnp.broadcast_to(m, s).ravel() for s, m in owners.values()])
+        return old if mask is None or not mask.ndim else jnp.where(mask, old, new)
+
+    return jax.tree_util.tree_map_with_path(reset, state, fresh)
+
+
+def _mask_of(path: Any, shape: tuple[int, ...], owners: dict[Any, Any]) -> jax.Array | None:
+    lengths = sorted({len(owner) for owner in owners}, reverse=True)
+    for end in range(len(path), -1, -1):
+        for length in lengths:
+            owned, mask = owners.get(tuple(path[max(end - length, 0) : end]), (None, None))
+            if owned is not None and shape[len(shape) - len(owned) :] == owned:
+                return mask
+    return None
