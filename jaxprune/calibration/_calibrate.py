@@ -65,6 +65,7 @@ def calibrate(
     """
     if not 0 <= decay < 1:
         raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
+    params = _trees.resolve_ties(params)
     paths, leaves, treedef = _trees.flatten(params)
     wanted = {p for p, hit in zip(paths, _trees.select(params, where), strict=True) if hit}
     axes: dict[str, tuple[int, ...]] = {}
@@ -100,7 +101,7 @@ def ranges_seen(
     fn: Callable[..., Any], params: Params, paths: list[str], *args: Any, **kwargs: Any
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The least and largest entry that multiplies each of some leaves, on one batch; traceable."""
-    names, leaves, treedef = _trees.flatten(params)
+    names, leaves, treedef = _trees.flatten(_trees.resolve_ties(params))
     inputs = inputs_of(args, kwargs)
     bound = lambda p, *arrays: _rebuilt(fn, inputs, p, list(arrays))
     step = _step(bound, treedef, names, set(paths), {}, histogram=False, second_moment=False)

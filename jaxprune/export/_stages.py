@@ -72,9 +72,8 @@ def stages(
 
 def _zeros(tree: PyTree) -> str:
     """The fraction of zeros among weights."""
-    expand = getattr(type(tree), "expand", None)
-    tree = tree.expand() if callable(expand) else tree
-    weights = [_trees.dense(x) for x in _trees.flatten(tree)[1] if _trees.is_weight(x)]
+    leaves = _trees.flatten(_trees.resolve_ties(tree))[1]
+    weights = [_trees.dense(x) for x in leaves if _trees.is_weight(x)]
     size = sum(x.size for x in weights)
     zeros = sum(int(n) for n in jax.device_get([(x == 0).sum() for x in weights]))
     return f"{zeros / size:.1%}" if size else "-"

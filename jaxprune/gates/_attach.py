@@ -195,7 +195,7 @@ class GatedFunction:
                 operands = close(number, gates[self.names[number]], reader, operands)
             return run_operation(operation, operands)
 
-        leaves = [_trees.dense(leaf) for leaf in _trees.flatten(params)[1]]
+        leaves = [_trees.dense(leaf) for leaf in _trees.flatten(_trees.resolve_ties(params))[1]]
         outs = observe(program, [*leaves, *inputs.arrays], hook)
         return program.out_tree.unflatten(outs), gates
 

@@ -5,6 +5,7 @@ A product is computed as `dot_general(x, w)` with `w` as it is stored and `x` of
 (batch…, planes, rows, free…), free axes of `w` as they are stored.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -33,12 +34,12 @@ class Layout(NamedTuple):
     @property
     def rows(self) -> int:
         """Rows of the other operand, for each entry of the batch axes."""
-        return int(np.prod(self.sizes))
+        return math.prod(self.sizes)
 
     @property
     def depth(self) -> int:
         """Products in each sum."""
-        return int(np.prod([self.shape[i] for i in self.contract]))
+        return math.prod(self.shape[i] for i in self.contract)
 
     @property
     def columns(self) -> tuple[int, ...]:
