@@ -9,6 +9,8 @@ ROOT = Path(jaxprune.__file__).parent
 LAYERS = {
     "_types": 0,
     "_trees": 0,
+    "_bits": 0,
+    "_leaves": 0,
     "_checks": 0,
     "schedules": 0,
     "scores": 1,

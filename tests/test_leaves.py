@@ -16,7 +16,7 @@ from jaxprune.runtime import LeafRule, dense_decoder, register_leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ternary(CompressedLeaf):
-    """Signs and a scale for each column: all that a leaf needs to state, and `block` to be read in blocks."""
+    """Signs and a scale for each column: what a leaf needs to state, and `block` for products."""
 
     signs: jax.Array
     scale: jax.Array
@@ -123,10 +123,9 @@ def test_views_loops_and_shards(kind):
     flat = lambda p, x: jnp.tile(x, 8) @ p["w"].reshape(128, 16)
     assert error(flat(dense, X), jax.jit(jp.compressed(flat))(tree, X)) < tolerance
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = lambda x: jax.sharding.PartitionSpec("d" if x.ndim and x.shape[0] % 8 == 0 else None)
-    place = lambda x: jax.device_put(
-        x, jax.sharding.NamedSharding(mesh, spec(x) if x.ndim else jax.sharding.PartitionSpec())
-    )
+    spec = lambda x: ("d",) if x.ndim and x.shape[0] % 8 == 0 else ()
+    sharding = lambda x: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec(x)))
+    place = lambda x: jax.device_put(x, sharding(x))
     spread = jax.tree.map(place, tree)
     assert error(layers(dense, X), jax.jit(jp.compressed(layers))(spread, X)) < tolerance
 
@@ -215,9 +214,8 @@ def test_rows():
             continue
         tree = make(params["w"])
         found = jax.jit(jp.compressed(fn))(tree, index)
-        np.testing.assert_allclose(
-            found, fn(jp.materialize_tree(tree), index), atol=1e-6, err_msg=name
-        )
+        wanted = fn(jp.materialize_tree(tree), index)
+        np.testing.assert_allclose(found, wanted, atol=1e-6, err_msg=name)
 
 
 def test_ties_are_leaves(tmp_path):
@@ -260,9 +258,8 @@ def test_ties_are_leaves(tmp_path):
 def test_every_kind_is_here():
     from jaxprune._leaves import NODES
 
-    made = {
-        type(KINDS[name](jnp.ones((8, 16, 16)) * jnp.arange(16.0)[:, None])["w"]) for name in KINDS
-    }
+    w = jnp.ones((8, 16, 16)) * jnp.arange(16.0)[:, None]
+    made = {type(make(w)["w"]) for make in KINDS.values()}
     leaves = {n.cls for n in NODES.values() if issubclass(n.cls, CompressedLeaf)}
     other = {"PackedMask", "TuckerArray", "TiedArray"}  # masks; kernels; ties, which are above
     assert {cls.__name__ for cls in leaves - made} <= other

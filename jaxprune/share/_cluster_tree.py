@@ -250,8 +250,8 @@ def _clustered(path: str, x: Any, weight: Any, how: _How) -> ClusteredArray:
             key = jax.random.fold_in(how.key, number)
             if rows.shape[0] < how.clusters:
                 raise ValueError(
-                    f"clusters: {how.clusters} are more than the {rows.shape[0]} vectors of a codebook of "
-                    f"leaf {path!r}; use fewer bits, a smaller dim or larger groups"
+                    f"clusters: {how.clusters} are more than the {rows.shape[0]} vectors of a codebook "
+                    f"of leaf {path!r}; use fewer bits, a smaller dim or larger groups"
                 )
             book, found = _vectors.additive(rows, how.clusters, how.stages, key, weight=own)
             books.append(book)
