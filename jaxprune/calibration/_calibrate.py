@@ -86,6 +86,7 @@ def calibrate(
     """
     if not 0 <= decay < 1:
         raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
+    params = _trees.resolve_ties(params)
     paths, leaves, treedef = _trees.flatten(params)
     if where is not None:
         _trees.select(params, where)  # a bad `where` fails before any work
@@ -123,7 +124,7 @@ def ranges_seen(
     fn: Callable[..., Any], params: Params, paths: list[str], *args: Any, **kwargs: Any
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The least and largest entry that multiplies each of some leaves, on one batch; traceable."""
-    names, leaves, treedef = _trees.flatten(params)
+    names, leaves, treedef = _trees.flatten(_trees.resolve_ties(params))
     inputs = inputs_of(args, kwargs)
     bound = lambda p, *arrays: _rebuilt(fn, inputs, p, list(arrays))
     chosen = [re.escape(path) for path in paths]

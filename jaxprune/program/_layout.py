@@ -39,7 +39,7 @@ class Layout(NamedTuple):
     @property
     def depth(self) -> int:
         """Products in each sum."""
-        return int(np.prod([self.shape[i] for i in self.contract]))
+        return math.prod(self.shape[i] for i in self.contract)
 
     @property
     def columns(self) -> tuple[int, ...]:

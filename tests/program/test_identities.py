@@ -1,7 +1,7 @@
 """An operation that changes nothing changes nothing: every feature that reads a program, behind names,
 constraints, barriers, copies, roundings to the same dtype and rematerialisation, at the top of a function
-and inside of scans, conditions and functions with gradients of their own. Never in silence: a feature does what it
-does without them, or names a leaf.
+and inside of scans, conditions and functions with gradients of their own. Never in silence: a feature
+does what it does without them, or names a leaf.
 """
 
 import warnings
@@ -115,7 +115,9 @@ def cost(fn, params):
 
 
 def uses(fn, params):
-    return [(u.kind, u.stacked, u.contracted, u.free) for u in jax.tree.leaves(jp.uses(fn, params, X))]
+    return [
+        (u.kind, u.stacked, u.contracted, u.free) for u in jax.tree.leaves(jp.uses(fn, params, X))
+    ]
 
 
 def folded(fn, params):

@@ -53,7 +53,9 @@ def test_batch_norm_shifts_move_into_the_next_mean():
     kernel = params["params"]["Conv_0"]["kernel"].at[..., jnp.array([0, 3, 5])].set(0)
     conv = {"Conv_0": {"kernel": kernel}}
     cut = {**params, "params": {**params["params"], **conv}}
-    compact_fn, small = jp.compact(module.apply, params, masks, IMAGE, fold="constants", verify=True)
+    compact_fn, small = jp.compact(
+        module.apply, params, masks, IMAGE, fold="constants", verify=True
+    )
     assert small["params"]["Conv_0"]["kernel"].shape == (3, 3, 3, 5)
     assert_close(module.apply(cut, IMAGE), compact_fn(small, IMAGE), 1e-5)
     before = params["batch_stats"]["BatchNorm_1"]["mean"]
