@@ -98,7 +98,7 @@ class QATArray(CompressedLeaf):
             still, spread_scale = jax.lax.stop_gradient(x), spread(scale, x.shape)
             learned = round_ste(still, spread_scale, offset, low, high, residual=True)
             through = learned + (x - still)
-        return through + jax.lax.stop_gradient(exact - through)
+        return (through + jax.lax.stop_gradient(exact - through)).astype(self.dtype)
 
     def converted(self) -> QuantizedArray:
         """The quantized weight, which stands for what `materialize` gives."""

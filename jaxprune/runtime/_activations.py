@@ -4,6 +4,7 @@ A value is `(high + low / STEPS) * scale`, 15 bits and a sign of the largest of 
 a row is far smaller (outliers), or is not finite, that is too coarse: `is_resolved` tells.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,10 @@ LEAST_CLIPPED = (
     5.0  # the same, magnitudes clipped: so that a few outliers do not make up for all others
 )
 CLIP = 16.0
+LEAST_RESULTS = (
+    2.0  # as large as the largest: one by itself may be small by chance, and its error not
+)
+MOST_SPREAD = 40.0  # largest over rms, of a row of activations times that of all results
 
 
 class Int8Split(NamedTuple):
@@ -66,11 +71,26 @@ def hi_lo(ratio: Array) -> tuple[Array, Array]:
     return high.astype(jnp.int8), low.astype(jnp.int8)
 
 
-def is_resolved(x: Float[Array, "..."], axes: tuple[int, ...]) -> Array:
-    """Whether two int8 parts resolve every row: all is finite, and no few entries dwarf the others."""
+def is_resolved(x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Whether two int8 parts resolve every row: all is finite, and no few entries dwarf the others; and
+    the largest ratio of a row's largest entry to its rms, less where rows are zeros.
+    """
     ratio = jnp.abs(x) / row_scale(x, axes, TOP)
     sums = magnitude_sums(ratio, axes)
-    return all_mapped(jnp.all((sums[2] == 0) | (resolution(*sums) >= 1.0)))
+    used = sums[0] != 0  # rows of zeros, as padding is, are exact
+    squares = jnp.where(used, jnp.sum(jnp.square(ratio), axes), 1.0)
+    peak = jnp.max(jnp.where(used, 1.0 / squares, 0.0), initial=0.0)
+    depth = math.prod(x.shape[i] for i in axes)
+    resolved = jnp.all(~used | (resolution(*sums) >= 1.0))
+    return all_mapped(resolved), TOP * jnp.sqrt(depth * peak * jnp.mean(used.astype(x.dtype)))
+
+
+def is_even(y: Float[Array, "..."], peak: Array) -> Array:
+    """Whether results are so even that errors of their largest are small beside the rms of all."""
+    top = jnp.max(jnp.abs(y), initial=0.0)
+    squares = jnp.sum(jnp.square(y / jnp.where(top == 0, 1.0, top)))
+    several = (squares >= LEAST_RESULTS) | (top == 0)
+    return several & (jnp.square(peak) * y.size <= MOST_SPREAD**2 * squares)
 
 
 def magnitude_sums(ratio: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:

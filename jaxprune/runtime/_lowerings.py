@@ -23,6 +23,7 @@ from jaxprune.runtime._activations import (
     Int8Split,
     all_mapped,
     int8_split,
+    is_even,
     is_resolved,
     magnitude_sums,
     resolution,
@@ -64,11 +65,32 @@ def _split(x: Array, w: Any, layout: Layout, how: How) -> Array:
     axes = _contracted(x, layout)
     x = rounded(x, axes, how)
     scaled = _times_inner(x, inner, layout)
-    return jax.lax.cond(
-        is_resolved(scaled, axes),
-        lambda: _integer_product(int8_split(scaled, axes, 2), w, layout),
-        lambda: _blocked(x, w, layout, None),
-    )
+    fast = lambda: (_integer_product(int8_split(scaled, axes, 2), w, layout), jnp.array(True))
+    return _guarded(scaled, axes, fast, lambda: _blocked(x, w, layout, None))
+
+
+def _guarded(
+    x: Array,
+    axes: tuple[int, ...],
+    fast: Callable[[], tuple[Array, Array]],
+    slow: Callable[[], Array],
+    sources: float = 1.0,
+) -> Array:
+    """`fast()` where two int8 parts resolve `x`, `fast` says so of the weights, and the results are even
+    enough for errors to be small beside all of them; else `slow()`. Decided as the program runs.
+    `sources`: how much larger errors are than those of the activations alone.
+    """
+    resolved, peak = is_resolved(x, axes)
+    peak = sources * peak
+    shape = jax.eval_shape(fast)[0]
+
+    def checked() -> tuple[Array, Array]:
+        y, fine = fast()
+        return y, fine & is_even(y, peak)
+
+    nothing = lambda: (jnp.zeros(shape.shape, shape.dtype), jnp.array(False))
+    y, fine = jax.lax.cond(resolved, checked, nothing)
+    return jax.lax.cond(all_mapped(fine), lambda: y, slow)
 
 
 def _integer(x: Array, w: Any, layout: Layout, how: How) -> Array:
@@ -154,15 +176,15 @@ def _groups(x: Array, w: Any, layout: Layout, how: How) -> Array:
             y = y - sums * part.zero_point.astype(jnp.float32)
         return y * part.scale.astype(jnp.float32)
 
-    def fast() -> Array:
+    def fast() -> tuple[Array, Array]:
         split = int8_split(x, axes, 2)
         multiply = lambda xs, part, _: [product(x, part.levels) for x in xs]
         codes = [_padded(x, 1) for x in split.codes]
         block = w.size // w.scale.shape[0]
         y = blocked_product(codes, w, None, layout, multiply, block=block)
-        return _added(y, 0, layout.rows) * _over_free(split.scale, layout)
+        return _added(y, 0, layout.rows) * _over_free(split.scale, layout), jnp.array(True)
 
-    return jax.lax.cond(is_resolved(x, axes), fast, lambda: _blocked(x, w, layout, None))
+    return _guarded(x, axes, fast, lambda: _blocked(x, w, layout, None))
 
 
 def _blocked(x: Array, w: Any, layout: Layout, how: How) -> Array:
@@ -188,10 +210,8 @@ def _blocked_split(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """
     axes = _contracted(x, layout)
     x = rounded(x, axes, how)
-    zeros = lambda: (jnp.zeros((*x.shape[: x.ndim - len(axes)], *layout.columns)), jnp.array(False))
-    resolved = is_resolved(x, axes)
-    y, fine = jax.lax.cond(resolved, lambda: _both_split(x, w, layout), zeros)
-    return jax.lax.cond(all_mapped(fine), lambda: y, lambda: _blocked(x, w, layout, None))
+    fast = lambda: _both_split(x, w, layout)
+    return _guarded(x, axes, fast, lambda: _blocked(x, w, layout, None), 1.4)
 
 
 def _both_split(x: Array, w: Any, layout: Layout) -> tuple[Array, Array]:
