@@ -3,6 +3,7 @@
 from jaxprune.graph._axes import AxisInfo
 from jaxprune.graph._constraints import Solution
 from jaxprune.graph._cost import Cost
+from jaxprune.graph._couple import RULES
 from jaxprune.graph._evaluate import Kept, evaluate
 from jaxprune.graph._groups import Group
 from jaxprune.graph._places import Place, places_of

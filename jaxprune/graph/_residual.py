@@ -8,7 +8,7 @@ from jaxprune.graph._axes import AxisInfo
 from jaxprune.graph._constraints import Constraints
 from jaxprune.graph._nested import scanned_ids
 from jaxprune.graph._trace import Graph, walk
-from jaxprune.program import Operation, Program, same_numbers
+from jaxprune.program import Operation, Program, primitive, same_numbers
 
 
 class Block(NamedTuple):
@@ -62,7 +62,7 @@ class _Search:
         found: list[Block] = []
         around: dict[int, int] = {}  # sum -> the stream before it
         for operation in self.graph.program.operations:
-            if operation.name not in ("add", "add_any", "sub"):
+            if primitive(operation.name).neutral != 0:
                 continue
             (a, b), (out,) = operation.ins, operation.outs
             if not {a, b} <= self.data:

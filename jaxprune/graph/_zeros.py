@@ -31,12 +31,10 @@ def _handed_on(
 ) -> list[tuple[int, int]]:
     """Operands and the results that equal them, where shape and dtype stay."""
     name, ins, outs = operation.name, operation.ins, operation.outs
-    if name in ("add", "add_any", "sub", "or"):
-        left, right = (axes[i].is_zero for i in ins)
-        kept = ins[0] if right else ins[1] if left and name != "sub" else None
-    elif name in ("mul", "div"):
-        left, right = (axes[i].value == 1 for i in ins)
-        kept = ins[0] if right else ins[1] if left and name == "mul" else None
+    known = primitive(name)
+    if known.neutral is not None:
+        left, right = (axes[i].value == known.neutral for i in ins)
+        kept = ins[0] if right else ins[1] if left and known.commutes else None
     elif name == "select_n":
         kept = ins[1] if len({same.get(i, i) for i in ins[1:]}) == 1 else None
     else:

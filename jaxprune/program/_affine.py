@@ -1,5 +1,6 @@
 """Biases and batch normalisations: what is added to the results of products, and what scales them."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,15 +55,18 @@ class Pair(NamedTuple):
 def biases_of(program: Program, n_leaves: int) -> list[Pair]:
     """For each weight the leaf that is added to its product, in inner programs too."""
     walk = _Walk(program, n_leaves)
-    found: dict[int, Pair] = {}
+    found: dict[tuple[int, int], list[int]] = {}
     for operation in walk.flow.operations:
         if operation.name != "add":
             continue
         for product, other in (operation.ins, operation.ins[::-1]):
             w, b = walk.product(product), walk.flow.leaf(other)
-            if w is not None and b is not None and w not in found:
-                found[w] = Pair(w, b, walk.others((product,), (w, b)))
-    return list(found.values())
+            if w is not None and b is not None:
+                found.setdefault((w, b), []).append(product)
+    pairs = {}
+    for (w, b), products in found.items():
+        pairs.setdefault(w, Pair(w, b, walk.others(products, (w, b), len(products))))
+    return list(pairs.values())
 
 
 def norms_of(program: Program, n_leaves: int) -> list[Norm]:
@@ -71,14 +75,17 @@ def norms_of(program: Program, n_leaves: int) -> list[Norm]:
     The longest chain at each product: with scale and bias, if there are.
     """
     walk = _Walk(program, n_leaves)
+    chains = [norm for norm in map(walk.norm, walk.ends()) if norm is not None]
     best: dict[int, Norm] = {}
-    for end in walk.ends():
-        norm = walk.norm(end)
-        if norm is not None and (
-            norm.weight not in best or len(norm.leaves) > len(best[norm.weight].leaves)
-        ):
+    for norm in chains:
+        if norm.weight not in best or len(norm.leaves) > len(best[norm.weight].leaves):
             best[norm.weight] = norm
-    return [n._replace(others=walk.others(n.values, n.leaves)) for n in best.values()]
+    found = []
+    for norm in best.values():
+        alike = [other for other in chains if other.leaves == norm.leaves]
+        values = [number for other in alike for number in other.values]
+        found.append(norm._replace(others=walk.others(values, norm.leaves, len(alike))))
+    return found
 
 
 class _Walk:
@@ -101,12 +108,16 @@ class _Walk:
         """The operation that makes a value, apart from views."""
         return self.flow.makers.get(self.flow.root(number))
 
-    def others(self, values: tuple[int, ...], leaves: tuple[int, ...]) -> tuple[str, ...]:
-        """What reads these values, or these leaves, once more than a chain through them does."""
+    def others(self, values: Iterable[int], leaves: Iterable[int], times: int) -> tuple[str, ...]:
+        """What else reads the values of some chains, each of which one operation should, or their leaves,
+        which as many operations should as there are chains.
+        """
+        wanted = {self.flow.root(number): 1 for number in values}
+        wanted |= {self.numbers[i]: times for i in leaves}
         found: list[str] = []
-        for number in (*(self.flow.root(v) for v in values), *(self.numbers[i] for i in leaves)):
+        for number, count in wanted.items():
             readers = self.flow.readers(number)
-            if len(readers) > 1:
+            if len(readers) != count:
                 sources = (x.source or x.name if x else "an output" for x in readers)
                 found.append(" and ".join(dict.fromkeys(sources)))
         return tuple(dict.fromkeys(found))

@@ -52,6 +52,8 @@ class Primitive:
       is_transcendental: it computes, but no floating-point operations are counted, as in XLA.
       preserves_zero: the result is zero where all operands are.
       absorbs_zero: the result is zero where any operand is.
+      neutral: the right operand that leaves the left one as it is; the left one too, if it commutes.
+      commutes: operands may change places.
       programs: names of the parameters that hold its inner programs.
     """
 
@@ -60,6 +62,8 @@ class Primitive:
     is_transcendental: bool = False
     preserves_zero: bool = False
     absorbs_zero: bool = False
+    neutral: int | None = None
+    commutes: bool = False
     programs: tuple[str, ...] = ()
 
 
@@ -102,11 +106,16 @@ PRIMITIVES: Mapping[str, Primitive] = {
         is_transcendental=True,
     ),
     **_rows("clz is_finite not one_minus_square population_count", _ELEMENTWISE),
-    **_rows("add add_any sub max min or xor nextafter clamp", _ELEMENTWISE, preserves_zero=True),
+    **_rows("add add_any or xor", _ELEMENTWISE, preserves_zero=True, neutral=0, commutes=True),
+    **_rows("sub", _ELEMENTWISE, preserves_zero=True, neutral=0),
+    **_rows("max min", _ELEMENTWISE, preserves_zero=True, commutes=True),
+    **_rows("nextafter clamp", _ELEMENTWISE, preserves_zero=True),
     **_rows("select_n", _ELEMENTWISE, is_free=True, preserves_zero=True),
-    **_rows("mul and", _ELEMENTWISE, preserves_zero=True, absorbs_zero=True),
+    **_rows("mul", _ELEMENTWISE, preserves_zero=True, absorbs_zero=True, neutral=1, commutes=True),
+    **_rows("and", _ELEMENTWISE, preserves_zero=True, absorbs_zero=True, commutes=True),
+    **_rows("div", _ELEMENTWISE, neutral=1),
     **_rows(
-        "div rem pow atan2 eq ne lt le gt ge eq_to le_to lt_to shift_left shift_right_logical "
+        "rem pow atan2 eq ne lt le gt ge eq_to le_to lt_to shift_left shift_right_logical "
         "shift_right_arithmetic complex polygamma zeta igamma igammac igamma_grad_a "
         "random_gamma_grad regularized_incomplete_beta",
         _ELEMENTWISE,

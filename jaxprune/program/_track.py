@@ -4,6 +4,7 @@ A tracked parameter passes through views (transpose, conversion, reshape, slices
 without being touched, and through loops that read it or map over it.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 
 from jaxprune import _trees
 from jaxprune._types import is_compressed
-from jaxprune.program._primitives import is_identity
+from jaxprune.program._primitives import is_identity, is_view
 from jaxprune.program._program import Operation
+from jaxprune.program._sizes import sized
 
 
 @partial(
@@ -81,8 +83,8 @@ def view(operation: Operation, operands: list[Any], shape: tuple[int, ...]) -> l
         return [replace(first, order=tuple(first.order[i] for i in params["permutation"]))]
     if name == "convert_element_type" and jnp.issubdtype(params["new_dtype"], jnp.floating):
         return _changed(first, "astype", params["new_dtype"])
-    more_axes = name == "broadcast_in_dim" and np.prod(shape) == np.prod(first.shape)
-    if (name in ("reshape", "squeeze", "expand_dims") or more_axes) and first.is_straight:
+    whole = is_view(name) and math.prod(sized(shape)) == math.prod(first.shape)
+    if whole and first.is_straight:
         return _reshaped(first, shape)
     if name == "slice":
         return _sliced(first, params)

@@ -22,6 +22,7 @@ from jaxprune.program import (
     is_identity,
     is_product,
     is_view,
+    primitive,
     run_operation,
     same_numbers,
 )
@@ -146,13 +147,13 @@ class _Fold:
         number, reason = step.operation.outs[0], "no bias follows"
         while len(users := self.flow.users.get(number, [])) == 1:
             (user,) = users
-            if user.name in ("add", "sub", "mul", "div") and len(user.ins) == 2:
+            if primitive(user.name).neutral is not None:
                 other = user.ins[1] if user.ins[0] == number else user.ins[0]
                 same_rank = len(self.graph.axes[other].ids) in (0, value.ndim)
                 first = user.ins[0] == number
                 if other in self.flow.data or other == number or not same_rank:
                     break
-                if user.name in ("add", "sub"):
+                if primitive(user.name).neutral == 0:
                     found = self._bias(other) if first or user.name == "add" else None
                     if isinstance(found, tuple):
                         return self._delta(*found, -value if user.name == "sub" else value)
