@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune import _checks
 
+__all__ = ["alternating", "annealed", "between", "cosine", "cubic", "linear", "one_shot"]
+
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
 
