@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from jaxprune import _trees
+from jaxprune._progress import track
 from jaxprune._types import Params, PyTree, Where
 from jaxprune._uses import Uses
 from jaxprune.calibration._rows import row_weights, rows_that_count
@@ -98,9 +97,7 @@ def calibrate(
     total: dict[str, Any] = {}
     moving: dict[str, tuple[Any, Any]] = {}
     jitted = TraceCache()
-    for number, batch in enumerate(
-        track(batches, "calibrate", transient=True, disable=not Console().is_terminal)
-    ):
+    for number, batch in enumerate(track(batches, "calibrate")):
         args = batch if isinstance(batch, tuple) else (batch,)
         inputs = inputs_of(args, {})
         run = jitted.get(inputs.key, lambda args=args: jax.jit(step(args)))

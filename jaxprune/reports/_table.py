@@ -196,7 +196,19 @@ def _row(path: str, before: Any, now: Any) -> Row:
 
 
 def seconds(fn: Callable[..., Any], *args: Any) -> float:
-    """Seconds per jitted call of `fn`, compiled before: the best of several within two seconds."""
+    """Measure a jitted call of `fn`, compiled before: the best of several within two seconds.
+
+    Args:
+      fn: any traceable function.
+      *args: its inputs.
+
+    Returns:
+      Seconds.
+
+    Example:
+      >>> 0 < jp.reports.seconds(jnp.tanh, jnp.ones(3)) < 2
+      True
+    """
     run = jax.jit(fn)
     jax.block_until_ready(run(*args))
     best, begin = float("inf"), time.perf_counter()

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.progress import track
 
+from jaxprune._progress import track
 from jaxprune.program import Layout
 from jaxprune.quantize import quantize_tree
 from jaxprune.runtime._lowerings import run
@@ -56,7 +56,7 @@ def tune(
     w = jax.random.normal(jax.random.key(0), (width, width))
     seconds: dict[Kind, dict[str, dict[int, float]]] = {}
     rules: Thresholds = {}
-    for kind, (settings, names) in track(_KINDS.items(), "tune", transient=True):
+    for kind, (settings, names) in track(_KINDS.items(), "tune"):
         array = _leaf(kind, w, settings)
         found = {name: {n: _time(name, array, n, rounds) for n in rows} for name in names}
         seconds[kind] = found

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from jaxprune import _checks, _trees
+from jaxprune._progress import track
 from jaxprune._types import Params, PyTree, Scores, Where, is_compressed
 from jaxprune._uses import Uses
 from jaxprune.share import _kmeans, _vectors
@@ -141,8 +140,7 @@ def cluster_tree(
         if hit
     }
     out = list(leaves)
-    silent = not Console().is_terminal
-    for i, own in track(ways.items(), "cluster", transient=True, disable=silent):
+    for i, own in track(ways.items(), "cluster"):
         out[i] = _clustered(paths[i], _trees.dense(leaves[i]), weights[i], own)
     return treedef.unflatten(out)
 
