@@ -61,7 +61,7 @@ def methods():
         ),
         "divergence (js)": (
             4.0,
-            plain(lambda s, t, b: d.divergence(s.out, t.out, kind="jensen_shannon", temperature=4.0)),
+            plain(lambda s, t, b: d.divergence(s.out, t.out, method="jensen_shannon", temperature=4.0)),
             None,
         ),
         "top_k_kd": (1.0, plain(lambda s, t, b: d.top_k_kd(s.out, t.out, k=3, temperature=4.0)), None),

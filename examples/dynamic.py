@@ -151,7 +151,7 @@ def loss_of(module, costs, overhead, budget, weight):
         if module.method is None:
             return task.mean()
         if module.method == "top_k":  # the budget is k
-            return task.mean() + 1e-4 * jp.gates.l1(jnp.concatenate([*gates.values()], -1))
+            return task.mean() + 1e-4 * jp.gates.l1_penalty(jnp.concatenate([*gates.values()], -1))
         if module.method == "bernoulli":
             # what an example earns with its most likely gates is the baseline (self-critical)
             best, likely, _ = forward(module, params, x)

@@ -86,7 +86,7 @@ def main():
     plans = {
         "25 % heads, neurons": units(0.25),
         "50 % heads, neurons": units(0.5),
-        "3 of 12 branches": jp.structure.layer_masks(graph, influence, count=3),
+        "3 of 12 branches": jp.structure.layer_masks(graph, layer_scores=influence, count=3),
     }
     table = Table(title=f"MiniLM-L6-v2, {BATCH} sentences of 32 tokens")
     for column in ("removed", "MFLOPs", "size", "latency", "faster", "cosine", "after"):

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune import _checks
 
+__all__ = ["alternating", "annealed", "between", "cosine", "cubic", "linear", "one_shot"]
+
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
 
@@ -128,7 +130,7 @@ def one_shot(final: float, *, at: int = 0, initial: float = 0.0) -> Schedule:
 
 
 def annealed(
-    final: float, *, initial: float = 1.0, begin: int = 0, end: int, kind: str = "exponential"
+    final: float, *, initial: float = 1.0, begin: int = 0, end: int, method: str = "exponential"
 ) -> Schedule:
     """A temperature that falls (or rises) from `initial` at step `begin` to `final` at step `end`.
 
@@ -137,13 +139,13 @@ def annealed(
       initial: temperature until step `begin`, above 0.
       begin: first step of the change, at least 0.
       end: last step of the change, above `begin`.
-      kind: `"exponential"` (the same factor each step), `"linear"` or `"cosine"`.
+      method: `"exponential"` (the same factor each step), `"linear"` or `"cosine"`.
 
     Returns:
       A traceable function from a step to a float32 scalar.
 
     Raises:
-      ValueError: a temperature that is not above 0, an unknown kind, or `end` not above `begin`.
+      ValueError: a temperature that is not above 0, an unknown method, or `end` not above `begin`.
 
     Example:
       >>> schedule = jp.schedules.annealed(0.01, end=100)
@@ -155,14 +157,14 @@ def annealed(
     """
     _checks.positive("final", final)
     _checks.positive("initial", initial)
-    _checks.choice("kind", kind, ("exponential", "linear", "cosine"))
+    _checks.choice("method", method, ("exponential", "linear", "cosine"))
     _check_range(begin, end)
 
     def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
         t = jnp.clip((jnp.asarray(step) - begin) / (end - begin), 0.0, 1.0).astype(jnp.float32)
-        if kind == "exponential":
+        if method == "exponential":
             return initial * (final / initial) ** t
-        t = t if kind == "linear" else (1.0 - jnp.cos(jnp.pi * t)) / 2.0
+        t = t if method == "linear" else (1.0 - jnp.cos(jnp.pi * t)) / 2.0
         return initial + (final - initial) * t
 
     return schedule
@@ -198,12 +200,12 @@ def between(begin: int, *, end: int | None = None) -> Callable[[Any], Array]:
     return active
 
 
-def turns(on: int, off: int, *, begin: int = 0) -> Callable[[Any], Array]:
+def alternating(on: int, off: int, *, begin: int = 0) -> Callable[[Any], Array]:
     """True for `on` steps, False for `off`, and again, from step `begin` on; False before.
 
     Args:
-      on: steps of a turn, at least 1.
-      off: steps between two turns, at least 1.
+      on: steps of a phase that is on, at least 1.
+      off: steps between two such phases, at least 1.
       begin: first step, at least 0.
 
     Returns:
@@ -213,7 +215,7 @@ def turns(on: int, off: int, *, begin: int = 0) -> Callable[[Any], Array]:
       ValueError: numbers out of range.
 
     Example:
-      >>> gates = jp.schedules.turns(2, 3, begin=1)
+      >>> gates = jp.schedules.alternating(2, 3, begin=1)
       >>> [int(gates(step)) for step in range(8)]
       [0, 1, 1, 0, 0, 0, 1, 1]
     """

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from jaxprune import _trees
+from jaxprune._progress import track
 from jaxprune._types import Params, PyTree, Where
 from jaxprune._uses import Uses
 from jaxprune.calibration._rows import row_weights, rows_that_count
@@ -86,6 +85,7 @@ def calibrate(
     """
     if not 0 <= decay < 1:
         raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
+    params = _trees.resolve_ties(params)
     paths, leaves, treedef = _trees.flatten(params)
     if where is not None:
         _trees.select(params, where)  # a bad `where` fails before any work
@@ -97,9 +97,7 @@ def calibrate(
     total: dict[str, Any] = {}
     moving: dict[str, tuple[Any, Any]] = {}
     jitted = TraceCache()
-    for number, batch in enumerate(
-        track(batches, "calibrate", transient=True, disable=not Console().is_terminal)
-    ):
+    for number, batch in enumerate(track(batches, "calibrate")):
         args = batch if isinstance(batch, tuple) else (batch,)
         inputs = inputs_of(args, {})
         run = jitted.get(inputs.key, lambda args=args: jax.jit(step(args)))
@@ -123,7 +121,7 @@ def ranges_seen(
     fn: Callable[..., Any], params: Params, paths: list[str], *args: Any, **kwargs: Any
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The least and largest entry that multiplies each of some leaves, on one batch; traceable."""
-    names, leaves, treedef = _trees.flatten(params)
+    names, leaves, treedef = _trees.flatten(_trees.resolve_ties(params))
     inputs = inputs_of(args, kwargs)
     bound = lambda p, *arrays: _rebuilt(fn, inputs, p, list(arrays))
     chosen = [re.escape(path) for path in paths]

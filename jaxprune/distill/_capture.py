@@ -74,7 +74,7 @@ def capture(
       >>> out.shape, found["h"].shape, float(found["pre"][0, 0])
       ((2, 1), (2, 4), 3.0)
     """
-    paths, leaves, treedef = _trees.flatten(params)
+    paths, leaves, treedef = _trees.flatten(_trees.resolve_ties(params))
     dense = [_trees.dense(leaf) for leaf in leaves]
     inputs = inputs_of(args, kwargs)
     program = trace_program(fn, treedef.unflatten(dense), *args, **kwargs)

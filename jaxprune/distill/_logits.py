@@ -222,7 +222,7 @@ def divergence(
     s: Float[Array, "... classes"],
     t: Float[Array, "... classes"],
     *,
-    kind: str = "reverse",
+    method: str = "reverse",
     temperature: Any = 1.0,
     alpha: float = 0.5,
     beta: float = 0.5,
@@ -241,7 +241,7 @@ def divergence(
 
     Args:
       s, t: logits.
-      kind: which.
+      method: which.
       temperature: T, above 0, one for all or one per example.
       alpha, beta: of those that have them.
       axis: of the classes.
@@ -252,25 +252,25 @@ def divergence(
       A scalar, or (…) per example.
 
     Raises:
-      ValueError: class counts that differ, an unknown kind, numbers out of range.
+      ValueError: class counts that differ, an unknown method, numbers out of range.
 
     Example:
       >>> s, t = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 3.0]])
-      >>> round(float(jp.distill.divergence(s, t, kind="reverse")), 4)
+      >>> round(float(jp.distill.divergence(s, t, method="reverse")), 4)
       1.6596
 
     References: Gu et al., MiniLLM, 2023, https://arxiv.org/abs/2306.08543 (reverse); Agarwal et al., GKD,
     2023, https://arxiv.org/abs/2306.13649 (Jensen-Shannon); Ko et al., DistiLLM, 2024,
     https://arxiv.org/abs/2402.03898 (skew); Wang et al., ABKD, 2025, https://arxiv.org/abs/2505.04560
     """
-    _checks.choice("kind", kind, tuple(_KINDS))
-    if kind == "alpha_beta" and (alpha == 0 or beta == 0 or alpha + beta == 0):
+    _checks.choice("method", method, tuple(_DIVERGENCES))
+    if method == "alpha_beta" and (alpha == 0 or beta == 0 or alpha + beta == 0):
         raise ValueError(f"alpha, beta: neither they nor their sum may be 0, got {alpha}, {beta}")
-    if kind in ("jensen_shannon", "skew") and not 0 < alpha < 1:
+    if method in ("jensen_shannon", "skew") and not 0 < alpha < 1:
         raise ValueError(f"alpha: expected a number in (0, 1), got {alpha}")
     s, t, temperature, where = ready(s, t, temperature, axis, where)
     p, q = log_softmax(t, temperature, axis), log_softmax(s, temperature, axis)
-    return reduced(temperature**2 * _KINDS[kind](p, q, axis, alpha, beta), reduction, where)
+    return reduced(temperature**2 * _DIVERGENCES[method](p, q, axis, alpha, beta), reduction, where)
 
 
 def _skew(p: Array, q: Array, axis: int, alpha: Any, beta: Any) -> Array:
@@ -298,7 +298,7 @@ def _alpha_beta(p: Array, q: Array, axis: int, alpha: Any, beta: Any) -> Array:
     return -jnp.sum(terms, axis) / (alpha * beta)
 
 
-_KINDS = {
+_DIVERGENCES = {
     "forward": lambda p, q, axis, *_: kl_divergence(p, q, axis),
     "reverse": lambda p, q, axis, *_: kl_divergence(q, p, axis),
     "symmetric": lambda p, q, axis, *_: (

@@ -14,7 +14,7 @@ from jaxprune.distill._softmax import pearson
 Pair = tuple[Any, Any]
 
 
-def attention_transfer(s: Array, t: Array, *, mode: str = "code") -> Float[Array, ""]:
+def attention_transfer(s: Array, t: Array, *, method: str = "code") -> Float[Array, ""]:
     """Attention transfer: where features are large, as maps of unit length.
 
     The map is the mean (in the paper: sum) of squares over channels. `"code"`, as the authors' code:
@@ -22,13 +22,13 @@ def attention_transfer(s: Array, t: Array, *, mode: str = "code") -> Float[Array
 
     Args:
       s, t: (batch, height, width, channels); channels may differ.
-      mode: `"code"` or `"paper"`.
+      method: `"code"` or `"paper"`.
 
     Returns:
       A scalar.
 
     Raises:
-      ValueError: batch or image sizes that differ, an unknown mode.
+      ValueError: batch or image sizes that differ, an unknown method.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
@@ -38,12 +38,12 @@ def attention_transfer(s: Array, t: Array, *, mode: str = "code") -> Float[Array
     Reference: Zagoruyko & Komodakis, "Paying More Attention to Attention", 2017,
     https://arxiv.org/abs/1612.03928
     """
-    _checks.choice("mode", mode, ("code", "paper"))
+    _checks.choice("method", method, ("code", "paper"))
     _same_images(s, t)
     s, t = wide(s, t)
-    over = jnp.mean if mode == "code" else jnp.sum
+    over = jnp.mean if method == "code" else jnp.sum
     difference = normalized(flat(over(s * s, -1)), 1) - normalized(flat(over(t * t, -1)), 1)
-    if mode == "code":
+    if method == "code":
         return jnp.mean(difference**2)
     return jnp.mean(safe_norm(difference, 1))
 
@@ -56,7 +56,7 @@ def _same_images(s: Any, t: Any) -> None:
         )
 
 
-def resized(x: Float[Array, "b h w c"], size: tuple[int, int], *, how: str = "mean") -> Array:
+def resized(x: Float[Array, "b h w c"], size: tuple[int, int], *, method: str = "mean") -> Array:
     """Images pooled to a size: each place is the mean (or maximum) of the bins that fall to it.
 
     Bins of an axis of n are `[floor(i n / m), ceil((i + 1) n / m))`, as in adaptive pooling.
@@ -64,19 +64,19 @@ def resized(x: Float[Array, "b h w c"], size: tuple[int, int], *, how: str = "me
     Args:
       x: (batch, height, width, channels).
       size: height and width wanted.
-      how: `"mean"` or `"max"`.
+      method: `"mean"` or `"max"`.
 
     Returns:
       (batch, *size, channels).
 
     Raises:
-      ValueError: a size below 1, or an unknown `how`.
+      ValueError: a size below 1, or an unknown method.
 
     Example:
       >>> jp.distill.resized(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2))[0, :, :, 0].tolist()
       [[2.5, 4.5], [10.5, 12.5]]
     """
-    _checks.choice("how", how, ("mean", "max"))
+    _checks.choice("method", method, ("mean", "max"))
     for n in size:
         _checks.positive_int("size", n)
     for axis, m in zip((1, 2), size, strict=True):
@@ -85,12 +85,12 @@ def resized(x: Float[Array, "b h w c"], size: tuple[int, int], *, how: str = "me
             continue
         if n % m == 0:
             split = x.reshape(*x.shape[:axis], m, n // m, *x.shape[axis + 1 :])
-            x = (jnp.mean if how == "mean" else jnp.max)(split, axis + 1)
+            x = (jnp.mean if method == "mean" else jnp.max)(split, axis + 1)
             continue
         parts = [
             jax.lax.slice_in_dim(x, i * n // m, -(-(i + 1) * n // m), axis=axis) for i in range(m)
         ]
-        pool = jnp.mean if how == "mean" else jnp.max
+        pool = jnp.mean if method == "mean" else jnp.max
         x = jnp.concatenate([pool(part, axis, keepdims=True) for part in parts], axis)
     return x
 
@@ -125,7 +125,7 @@ def fsp(s: Pair, t: Pair) -> Float[Array, ""]:
 
 def _flow(a: Array, b: Array) -> Array:
     size = (min(a.shape[1], b.shape[1]), min(a.shape[2], b.shape[2]))
-    a, b = resized(a, size, how="max"), resized(b, size, how="max")
+    a, b = resized(a, size, method="max"), resized(b, size, method="max")
     return jnp.einsum("bhwi,bhwj->bij", a, b) / (size[0] * size[1])
 
 

@@ -100,7 +100,7 @@ def ranking(
     s: Float[Array, "... classes"],
     t: Float[Array, "... classes"],
     *,
-    kind: str = "list",
+    method: str = "list",
     margin: float = 0.0,
     temperature: Any = 1.0,
     where: Any = None,
@@ -114,7 +114,7 @@ def ranking(
 
     Args:
       s, t: logits; the classes are the last axis.
-      kind: `"list"` or `"pair"`.
+      method: `"list"` or `"pair"`.
       margin: of pairs, at least 0.
       temperature: T, above 0, one for all or one per example.
       where: mask of examples that count.
@@ -124,19 +124,19 @@ def ranking(
       A scalar, or (…) per example.
 
     Raises:
-      ValueError: class counts that differ, an unknown kind, numbers out of range.
+      ValueError: class counts that differ, an unknown method, numbers out of range.
 
     Example:
       >>> s = jnp.array([[3.0, 2.0, 1.0]])
-      >>> float(jp.distill.ranking(s, s, kind="pair")), bool(jp.distill.ranking(-s, s) > 2)
+      >>> float(jp.distill.ranking(s, s, method="pair")), bool(jp.distill.ranking(-s, s) > 2)
       (0.0, True)
 
     References: Xia et al., "Listwise approach to learning to rank", 2008 (ListMLE); Cao et al., 2007
     """
-    _checks.choice("kind", kind, ("list", "pair"))
+    _checks.choice("method", method, ("list", "pair"))
     s, t, temperature, where = ready(s, t, temperature, -1, where)
     s = softened(s, temperature, -1)
-    if kind == "list":
+    if method == "list":
         order = jnp.argsort(-t, -1)
         real = jnp.take_along_axis(t, order, -1) > -jnp.inf  # -inf: no class of this example
         ranked = jnp.where(real, jnp.take_along_axis(s, order, -1), -jnp.inf)

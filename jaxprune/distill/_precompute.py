@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
+from jaxprune._progress import track
 from jaxprune._types import Params
 from jaxprune.runtime import compressed
 
@@ -62,8 +61,7 @@ def precompute(
     count, shape = 0, None
     try:
         with (work / "raw").open("wb") as stream:
-            silent = not Console().is_terminal
-            for batch in track(batches, "precompute", transient=True, disable=silent):
+            for batch in track(batches, "precompute"):
                 args = batch if isinstance(batch, tuple) else (batch,)
                 found = np.asarray(run(params, *args)).astype(dtype)
                 if shape is not None and found.shape[1:] != shape:

@@ -5,9 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.progress import track
 
+from jaxprune._progress import track
 from jaxprune._types import Params
 from jaxprune.distill._capture import At
 from jaxprune.distill._features import hint
@@ -97,8 +96,7 @@ def recover(
         return jax.tree.map(_moved, params, updates), state, aux
 
     params, state, count = student_params, tx.init(student_params), 0
-    silent = not Console().is_terminal
-    for batch in track(batches, "recover", transient=True, disable=silent):
+    for batch in track(batches, "recover"):
         params, state, aux = step(params, teacher_params, state, batch)
         if on_step is not None:
             on_step(count, aux)

@@ -83,20 +83,20 @@ def attention_distribution(
     t: Float[Array, "batch heads time time"],
     *,
     where: Any = None,
-    kind: str = "kl",
+    method: str = "kl",
 ) -> Float[Array, ""]:
     """MiniLM v1 and TinyBERT: attention maps.
 
     Args:
       s, t: attention probabilities (`"kl"`), or scores before the softmax (`"mse"`), of as many heads.
       where: (batch, time), True = a token.
-      kind: `"kl"` (MiniLM) or `"mse"` (TinyBERT).
+      method: `"kl"` (MiniLM) or `"mse"` (TinyBERT).
 
     Returns:
       A scalar: the mean over batch, heads and tokens.
 
     Raises:
-      ValueError: shapes that differ, an unknown kind.
+      ValueError: shapes that differ, an unknown method.
 
     Example:
       >>> p = jnp.full((1, 2, 3, 3), 1 / 3)
@@ -106,12 +106,12 @@ def attention_distribution(
     References: Wang et al., MiniLM, 2020, https://arxiv.org/abs/2002.10957; Jiao et al., TinyBERT, 2019,
     https://arxiv.org/abs/1909.10351
     """
-    _checks.choice("kind", kind, ("kl", "mse"))
+    _checks.choice("method", method, ("kl", "mse"))
     same_shapes(s, t)
     where = counted(where, (s.shape[0], s.shape[2]))
     both = None if where is None else where[:, None, :, None] & where[:, None, None, :]
     s, t = only(both, *wide(s, t))
-    if kind == "mse":
+    if method == "mse":
         return reduced(jnp.square(s - t), "mean", both)
     log = lambda x: jnp.log(jnp.maximum(x, 1e-30))
     values = jnp.sum(jnp.where(t > 0, t * (log(t) - log(s)), 0.0), -1)
@@ -217,33 +217,33 @@ def _same_layers(s: Sequence[Any], t: Sequence[Any]) -> None:
         )
 
 
-def layer_map(student: int, teacher: int, *, how: str = "uniform") -> tuple[int, ...]:
+def layer_map(student: int, teacher: int, *, method: str = "uniform") -> tuple[int, ...]:
     """Which teacher layer each student layer learns from.
 
     Args:
       student, teacher: numbers of layers, the student's not more.
-      how: `"uniform"`: every k-th, the last to the last; `"last"`: the last ones; `"first"`: the first
+      method: `"uniform"`: every k-th, the last to the last; `"last"`: the last ones; `"first"`: the first
         ones.
 
     Returns:
       One index per student layer.
 
     Raises:
-      ValueError: more student than teacher layers, an unknown `how`.
+      ValueError: more student than teacher layers, an unknown method.
 
     Example:
-      >>> jp.distill.layer_map(3, 12), jp.distill.layer_map(2, 6, how="last")
+      >>> jp.distill.layer_map(3, 12), jp.distill.layer_map(2, 6, method="last")
       ((3, 7, 11), (4, 5))
 
     Reference: Jiao et al., TinyBERT, 2019, https://arxiv.org/abs/1909.10351 (uniform); Sun et al., 2019
     (last, skip)
     """
-    _checks.choice("how", how, ("uniform", "last", "first"))
+    _checks.choice("method", method, ("uniform", "last", "first"))
     _checks.positive_int("student", student)
     if student > teacher:
         raise ValueError(f"student: {student} layers are more than the teacher's {teacher}")
-    if how == "first":
+    if method == "first":
         return tuple(range(student))
-    if how == "last":
+    if method == "last":
         return tuple(range(teacher - student, teacher))
     return tuple((i + 1) * teacher // student - 1 for i in range(student))

@@ -1,9 +1,9 @@
 """Gates: which channels, tokens and blocks run is decided for each input, and what is closed is skipped.
 
 The method in five steps: train the network; design gates (`attach`, or the modules of `jp.linen` and
-`jp.nnx`); train both together, with a cost (`l1`, `expected_l0`, `target_rate`, `weighted_cost`) or a
-policy (`reinforce`); run with pruning (`gathered_conv`, `maybe`, `routed`, `early_exit`); fine-tune
-with the gates held.
+`jp.nnx`); train both together, with a cost (`l1_penalty`, `expected_l0`, `target_rate`,
+`weighted_cost`) or a policy (`reinforce`); run with pruning (`gathered_conv`, `skip_block`,
+`route_top_k`, `early_exit`); fine-tune with the gates held.
 """
 
 from jaxprune.gates._attach import GatedFunction, attach
@@ -18,7 +18,7 @@ from jaxprune.gates._concrete import expected_l0, hard_concrete, hard_concrete_m
 from jaxprune.gates._costs import (
     entropy,
     example_costs,
-    l1,
+    l1_penalty,
     load_balance,
     target_rate,
     weighted_cost,
@@ -29,11 +29,11 @@ from jaxprune.gates._exits import (
     confidence,
     early_exit,
     exit_loss,
-    exit_when_sure,
+    exit_when_confident,
     left_early,
 )
 from jaxprune.gates._inspect import Inspection, inspect, over_batches
-from jaxprune.gates._joint import joint
+from jaxprune.gates._joint import joint_loss
 from jaxprune.gates._layers import (
     METHODS,
     RANDOM,
@@ -48,14 +48,15 @@ from jaxprune.gates._layers import (
 from jaxprune.gates._reinforce import (
     Baseline,
     bernoulli,
-    clipped,
     curriculum,
     dropped_reward,
     log_prob,
     moving_baseline,
     policy_entropy,
+    ppo_clip_loss,
     reinforce,
 )
+from jaxprune.gates._route import route_top_k, skip_block
 from jaxprune.gates._skip import (
     QUARTERS,
     active,
@@ -64,9 +65,7 @@ from jaxprune.gates._skip import (
     gathered_conv,
     gathered_dense,
     in_buckets,
-    maybe,
     open_channels,
-    routed,
     scattered,
     spread,
 )
@@ -81,7 +80,6 @@ __all__ = [
     "bottleneck",
     "bucketed_conv",
     "bucketed_dense",
-    "clipped",
     "confidence",
     "curriculum",
     "dropped_reward",
@@ -89,7 +87,7 @@ __all__ = [
     "entropy",
     "example_costs",
     "exit_loss",
-    "exit_when_sure",
+    "exit_when_confident",
     "expected_l0",
     "gate_logits",
     "gate_params",
@@ -100,21 +98,22 @@ __all__ = [
     "hard_concrete_mean",
     "in_buckets",
     "inspect",
-    "joint",
-    "l1",
+    "joint_loss",
+    "l1_penalty",
     "load_balance",
     "log_prob",
-    "maybe",
     "moving_baseline",
     "opened",
     "over_batches",
     "policy_entropy",
     "pooled",
+    "ppo_clip_loss",
     "reinforce",
-    "routed",
+    "route_top_k",
     "saliency",
     "scattered",
     "semantic_hashing",
+    "skip_block",
     "straight_through",
     "target_rate",
     "top_k",

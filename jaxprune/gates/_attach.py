@@ -201,7 +201,7 @@ class GatedFunction:
                 operands = close(number, gates[self.names[number]], reader, operands)
             return HookResult(run_operation(operation, operands) if reads else None)
 
-        leaves = [_trees.dense(leaf) for leaf in _trees.flatten(params)[1]]
+        leaves = [_trees.dense(leaf) for leaf in _trees.flatten(_trees.resolve_ties(params))[1]]
         outs, _ = Executor(hook).run(program, [*leaves, *inputs.arrays])
         return program.out_tree.unflatten(outs), gates
 

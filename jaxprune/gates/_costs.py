@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jaxprune import _checks
 
 
-def l1(gates: Float[Array, "..."]) -> Float[Array, ""]:
+def l1_penalty(gates: Float[Array, "..."]) -> Float[Array, ""]:
     """The mean magnitude of gates (or of saliencies).
 
     Args:
@@ -23,7 +23,7 @@ def l1(gates: Float[Array, "..."]) -> Float[Array, ""]:
       A scalar.
 
     Example:
-      >>> float(jp.gates.l1(jnp.array([1.0, 0.0, 0.0, 1.0])))
+      >>> float(jp.gates.l1_penalty(jnp.array([1.0, 0.0, 0.0, 1.0])))
       0.5
     """
     return jnp.mean(jnp.abs(gates))

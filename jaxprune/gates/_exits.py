@@ -34,7 +34,7 @@ def early_exit(
     x: Float[Array, "batch ..."],
     *,
     capacities: Sequence[int],
-    sureness: Callable[[Array], Array] = confidence,
+    confidence: Callable[[Array], Array] = confidence,
 ) -> tuple[Float[Array, "batch classes"], Int[Array, "batch"]]:
     """Sorted early exit: after each stage, the examples that are surest leave, and only the others go on.
 
@@ -44,7 +44,7 @@ def early_exit(
       x: a batch.
       capacities: how many examples each stage after the first takes: of fixed sizes, so that all is
         compiled.
-      sureness: `logits -> (batch,)`; by default the largest probability.
+      confidence: `logits -> (batch,)`; by default the largest probability.
 
     Returns:
       Logits of each example from the head where it left, and the number of that stage.
@@ -75,20 +75,20 @@ def early_exit(
         _checks.positive_int("capacities", capacity)
         if capacity > len(rows):
             raise ValueError(f"capacities: {capacity} is more than the {len(rows)} examples before")
-        index = jax.lax.top_k(-sureness(now), capacity)[1]
+        index = jax.lax.top_k(-confidence(now), capacity)[1]
         rows, features = rows[index], stages[number](features[index])
         now = heads[number](features)
         logits, left = logits.at[rows].set(now), left.at[rows].set(number)
     return logits, left
 
 
-def exit_when_sure(
+def exit_when_confident(
     stages: Sequence[Stage],
     heads: Sequence[Stage],
     x: Float[Array, "batch ..."],
     *,
     threshold: Any,
-    sureness: Callable[[Array], Array] = confidence,
+    confidence: Callable[[Array], Array] = confidence,
 ) -> tuple[Float[Array, "batch classes"], Int[Array, ""]]:
     """Leaves at the first head that is sure enough; later stages do not run.
 
@@ -100,7 +100,7 @@ def exit_when_sure(
       heads: `features -> logits`, one per stage, of one shape.
       x: input of the first stage.
       threshold: how sure it must be to leave; may be traced.
-      sureness: `logits -> (batch,)`; by default the largest probability.
+      confidence: `logits -> (batch,)`; by default the largest probability.
 
     Returns:
       Logits, and the number of the stage where they were made.
@@ -110,7 +110,7 @@ def exit_when_sure(
 
     Example:
       >>> stage, head = (lambda x: x + 1), (lambda x: jnp.concatenate([x, -x], -1))
-      >>> logits, left = jp.gates.exit_when_sure([stage] * 3, [head] * 3, jnp.array([[0.0]]),
+      >>> logits, left = jp.gates.exit_when_confident([stage] * 3, [head] * 3, jnp.array([[0.0]]),
       ...                                        threshold=0.95)
       >>> int(left), logits[0, 0].item()
       (1, 2.0)
@@ -125,7 +125,7 @@ def exit_when_sure(
         if number == len(stages) - 1:
             return logits, here
         return jax.lax.cond(
-            jnp.min(sureness(logits)) >= threshold,
+            jnp.min(confidence(logits)) >= threshold,
             lambda features: (logits, here),
             lambda features: onward(number + 1, features),
             features,
@@ -204,4 +204,4 @@ def left_early(
         raise ValueError(
             f"threshold: one decision for a batch of 1, got {x.shape[0]} examples; give capacities"
         )
-    return exit_when_sure(stages, heads, x, threshold=threshold)
+    return exit_when_confident(stages, heads, x, threshold=threshold)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 Loss = Callable[..., tuple[Float[Array, ""], dict[str, Any]]]
 
 
-def joint(
+def joint_loss(
     fn: Callable[..., tuple[Any, Any]],
     task: Callable[[Any, Any], Array],
     cost: Callable[[Any], Array],
@@ -39,7 +39,7 @@ def joint(
     Example:
       >>> fn = lambda p, x, key: ((x * p["gate"]).sum(-1), {"layer": jax.nn.sigmoid(p["gate"])[None]})
       >>> task = lambda out, batch: jnp.mean((out - batch[1]) ** 2)
-      >>> loss_fn = jp.gates.joint(fn, task, lambda gates: jp.gates.l1(gates["layer"]),
+      >>> loss_fn = jp.gates.joint_loss(fn, task, lambda gates: jp.gates.l1_penalty(gates["layer"]),
       ...                          weight=jp.schedules.linear(1.0, end=10))
       >>> loss, aux = loss_fn({"gate": jnp.zeros(2)}, (jnp.ones((3, 2)), jnp.zeros(3)), 5)
       >>> float(loss), float(aux["weight"]), float(aux["cost"])

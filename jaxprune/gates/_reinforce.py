@@ -170,7 +170,7 @@ def policy_entropy(logits: Float[Array, "batch gates"], *, kind: str = "bernoull
     return jnp.mean(jnp.sum(each, tuple(range(1, jnp.ndim(logits)))))
 
 
-def clipped(
+def ppo_clip_loss(
     logits: Float[Array, "batch gates"],
     actions: Float[Array, "batch gates"],
     advantage: Float[Array, "batch"],
@@ -203,7 +203,7 @@ def clipped(
     Example:
       >>> logits, actions = jnp.zeros((1, 1)), jnp.ones((1, 1))
       >>> old = jp.gates.log_prob(logits, actions)
-      >>> float(jp.gates.clipped(logits, actions, jnp.array([2.0]), old))
+      >>> float(jp.gates.ppo_clip_loss(logits, actions, jnp.array([2.0]), old))
       -2.0
 
     Reference: Schulman et al., "Proximal Policy Optimization Algorithms", 2017,

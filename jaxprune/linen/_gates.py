@@ -266,7 +266,7 @@ class TokenGate(nn.Module):
         scores = nn.Dense(1, name="score")(x)[..., 0]
         count = gates.kept(self.capacity, x.shape[1])
         self.sow("gates", "scores", scores)
-        return gates.routed(block, x, scores, count, weight=jax.nn.sigmoid)
+        return gates.route_top_k(block, x, scores, count, weight=jax.nn.sigmoid)
 
 
 class BlockGate(nn.Module):
@@ -311,7 +311,7 @@ class BlockGate(nn.Module):
         """The same for a batch of 1; the block runs only if its gate is open (and is then not
         weighted).
         """
-        return gates.maybe(self.gate(x, deterministic=True)[0, 0], block, x)
+        return gates.skip_block(self.gate(x, deterministic=True)[0, 0], block, x)
 
 
 class EarlyExit(nn.Module):
@@ -364,7 +364,7 @@ class EarlyExit(nn.Module):
         """Logits, and the stage where they were made; later stages do not run.
 
         Either `capacities` (how many examples each later stage takes, see `jp.gates.early_exit`) or a
-        `threshold` for a batch of 1 (see `jp.gates.exit_when_sure`).
+        `threshold` for a batch of 1 (see `jp.gates.exit_when_confident`).
         """
         return gates.left_early(
             self.stages, self._exits(), x, capacities=capacities, threshold=threshold

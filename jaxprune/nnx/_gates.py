@@ -239,7 +239,7 @@ class TokenGate(nnx.Module):
         scores = self.score(x)[..., 0]
         _hand_out(self, "scores", scores)
         count = gates.kept(self.capacity, x.shape[1])
-        return gates.routed(block, x, scores, count, weight=jax.nn.sigmoid)
+        return gates.route_top_k(block, x, scores, count, weight=jax.nn.sigmoid)
 
 
 class BlockGate(nnx.Module):
@@ -283,7 +283,7 @@ class BlockGate(nnx.Module):
         """The same for a batch of 1; the block runs only if its gate is open (and is then not
         weighted).
         """
-        return gates.maybe(self.gate(x, deterministic=True)[0, 0], block, x)
+        return gates.skip_block(self.gate(x, deterministic=True)[0, 0], block, x)
 
 
 class HeadGate(nnx.Module):

@@ -35,7 +35,7 @@ def phased(
 
     Args:
       inner: any optax transform.
-      active: `step -> bool`, traceable: `jp.schedules.between`, `jp.schedules.turns`, or any other.
+      active: `step -> bool`, traceable: `jp.schedules.between`, `jp.schedules.alternating`, or any other.
 
     Returns:
       A transform.

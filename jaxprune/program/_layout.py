@@ -12,8 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._trees import is_few
 from jaxprune.program._program import Operation
 from jaxprune.program._track import Tracked
+
+_TINY = 1 << 14
+"""Multiply-adds up to which int8 operands are widened: XLA for CPU (JAX 0.10) makes invalid code of
+smaller int8 products within loops."""
 
 
 class Layout(NamedTuple):
@@ -39,7 +44,7 @@ class Layout(NamedTuple):
     @property
     def depth(self) -> int:
         """Products in each sum."""
-        return int(np.prod([self.shape[i] for i in self.contract]))
+        return math.prod(self.shape[i] for i in self.contract)
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -64,6 +69,8 @@ class Layout(NamedTuple):
 
     def dot(self, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
         """The product of standard `x` with `w` as it is stored, accumulated in `dtype`."""
+        if dtype == jnp.int32 and is_few(x.size * int(np.prod(self.columns)), _TINY):
+            x, w = x.astype(jnp.int32), w.astype(jnp.int32)
         batch, contract = range(1, 1 + len(self.batch)), range(2 + len(self.batch), x.ndim)
         if not self.batch:  # two plain matrices suit compilers best
             flat = x.reshape(-1, *x.shape[2:])

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from jaxprune import _trees
+from jaxprune._types import is_compressed
 from jaxprune.program._inputs import inputs_of
 from jaxprune.program._primitives import Kind, primitive
 
@@ -79,7 +81,8 @@ class Program:
 
 
 def trace_program(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Program:
-    """Traces `fn` once, abstractly, and flattens it. Arguments may be `jax.ShapeDtypeStruct`.
+    """Traces `fn` once, abstractly, and flattens it. Arguments may be `jax.ShapeDtypeStruct`; compressed
+    leaves of the parameters count as the dense arrays that they stand for.
 
     The inputs of the program are the leaves of `params` and the arrays of `inputs_of(args, kwargs)`.
 
@@ -97,6 +100,7 @@ def trace_program(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
     except ValueError:  # some callables have no signature
         pass
     inputs = inputs_of(args, kwargs)
+    params = jax.tree.map(_trees.abstract, params, is_leaf=is_compressed)
 
     def of_arrays(params: Any, arrays: list[Any]) -> Any:
         args, kwargs = inputs.rebuild(arrays)

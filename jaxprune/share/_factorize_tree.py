@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from jaxprune import _checks, _trees
+from jaxprune._progress import track
 from jaxprune._types import Params, PyTree, Where
 from jaxprune._uses import Uses
 from jaxprune.share import _decompose
@@ -110,8 +109,7 @@ def factorize_tree(
     found_stats = [None] * len(leaves) if stats is None else treedef.flatten_up_to(stats)
     out, dense = list(leaves), []
     ready: dict[int, _Leaf] = {}
-    silent = not Console().is_terminal
-    for i in track(range(len(leaves)), "factorize", transient=True, disable=silent):
+    for i in track(range(len(leaves)), "factorize"):
         if not chosen[i]:
             continue
         host = _host(paths[i], leaves[i])
@@ -129,7 +127,7 @@ def factorize_tree(
                 out[i] = leaves[i]
                 dense.append(paths[i])
     ranks = _ranks(ready, rank, energy, budget)
-    for i, leaf in track(ready.items(), "factorize", transient=True, disable=silent):
+    for i, leaf in track(ready.items(), "factorize"):
         if 0 < ranks[i] <= leaf.most:
             out[i] = _factored(leaf, ranks[i], leaves[i].dtype)
         else:

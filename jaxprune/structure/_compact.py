@@ -193,6 +193,7 @@ def compact(
     """
     _checks.masks_fit(masks, params)
     _checks.choice("fold", fold, (None, *FOLDS))
+    _checks.all_dense("params", params, "compact before quantizing, clustering or tying")
     graph = trace(fn, params, *args, updates=updates, **kwargs)
     removal = graph.removal(masks)
     found = reduced(graph, removal)

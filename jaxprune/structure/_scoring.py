@@ -15,7 +15,7 @@ NORMALIZATIONS = ("mean", "none", "max", "sum", "gaussian")
 _TINY = 1e-30
 
 
-def unit_scores(leaves: Sequence[Any], places: list[Place], size: int, reduce: str) -> Any:
+def score_units(leaves: Sequence[Any], places: list[Place], size: int, reduce: str) -> Any:
     """One score per unit: NumPy arrays from NumPy leaves, JAX arrays from JAX leaves.
 
     Scores of `-inf` belong to entries that are masked already and do not count; a unit that has no others

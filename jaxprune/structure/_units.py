@@ -16,7 +16,7 @@ from jaxprune.structure._scoring import (
     masks_without,
     normalized,
     open_groups,
-    unit_scores,
+    score_units,
 )
 
 _SCOPES = ("global", "leaf", "isomorphic")
@@ -25,8 +25,9 @@ _BISECTIONS = 24
 
 def unit_masks(
     graph: Graph,
-    scores: Scores,
+    scores: Scores | None = None,
     *,
+    unit_scores: Mapping[str, Any] | None = None,
     sparsity: float | None = None,
     params: float | None = None,
     flops: float | None = None,
@@ -44,9 +45,9 @@ def unit_masks(
 
     Args:
       graph: from `jp.trace`.
-      scores: any scores of the traced parameters; leaves that score the scalar `+inf` say nothing. Or
-        scores of units, by name of their group, `{name: (units,)}`, such as the rates at which gates
-        open them (`jp.gates.inspect`); groups without scores stay whole.
+      scores: any scores of the traced parameters; leaves that score the scalar `+inf` say nothing.
+      unit_scores: instead, scores of units, by name of their group, `{name: (units,)}`, such as the
+        rates at which gates open them (`jp.gates.inspect`); groups without scores stay whole.
       sparsity: fraction of the units to remove, in [0, 1].
       params: fraction of the parameters to keep, in (0, 1].
       flops: fraction of the FLOPs of a call to keep, in (0, 1].
@@ -93,7 +94,9 @@ def unit_masks(
     ((target, value),) = given.items()
     _checks.fraction(target, value)
     groups = open_groups(graph, ignore)
-    ranked = [normalized(x, normalize) for x in _scores_of(graph, groups, scores, reduce)]
+    ranked = [
+        normalized(x, normalize) for x in _scores_of(graph, groups, scores, unit_scores, reduce)
+    ]
     classes = _classes(graph, groups, scope)
 
     def choose(fraction: float) -> np.ndarray:
@@ -128,14 +131,21 @@ def _check_open(graph: Graph, groups: list[Group], ignore: Sequence[str]) -> Non
     )
 
 
-def _scores_of(graph: Graph, groups: list[Group], scores: Any, reduce: str) -> list[np.ndarray]:
+def _scores_of(
+    graph: Graph, groups: list[Group], scores: Any, of_units: Mapping[str, Any] | None, reduce: str
+) -> list[np.ndarray]:
     """One score per unit of each group."""
-    if isinstance(scores, Mapping) and scores and set(scores) <= {g.name for g in graph.groups}:
-        _check_units("scores", graph, scores)
-        return [_on_host(scores.get(g.name, np.full(g.size, np.inf))) for g in groups]
+    if (scores is None) == (of_units is None):
+        raise ValueError(
+            "scores, unit_scores: expected one of them: scores of parameters (a tree like them), or of "
+            "units by group"
+        )
+    if of_units is not None:
+        _check_units("unit_scores", graph, of_units)
+        return [_on_host(of_units.get(g.name, np.full(g.size, np.inf))) for g in groups]
     _checks.same_structure("scores", scores, "the traced params", like_params(graph))
     leaves = [_on_host(x) for x in graph.treedef.flatten_up_to(scores)]
-    return [unit_scores(leaves, places_of(graph, g), g.size, reduce) for g in groups]
+    return [score_units(leaves, places_of(graph, g), g.size, reduce) for g in groups]
 
 
 def _check_units(parameter: str, graph: Graph, given: Mapping[str, Any]) -> None:

@@ -264,18 +264,18 @@ PAIRS = {
     "logit_std_kd": (np_logit_std, lambda s, t: d.logit_std_kd(s, t, temperature=2.0), S, T),
     "reverse": (lambda s, t: kl(softmax(s), softmax(t)).mean(), d.divergence, S, T),
     "jensen_shannon": (
-        np_js, lambda s, t: d.divergence(s, t, kind="jensen_shannon", alpha=0.3), S, T,
+        np_js, lambda s, t: d.divergence(s, t, method="jensen_shannon", alpha=0.3), S, T,
     ),
     "alpha_beta": (
-        np_alpha_beta, lambda s, t: d.divergence(s, t, kind="alpha_beta", alpha=0.2, beta=0.7), S, T,
+        np_alpha_beta, lambda s, t: d.divergence(s, t, method="alpha_beta", alpha=0.2, beta=0.7), S, T,
     ),
     "skew": (
         lambda s, t: kl(softmax(t), 0.3 * softmax(t) + 0.7 * softmax(s)).mean(),
-        lambda s, t: d.divergence(s, t, kind="skew", alpha=0.3), S, T,
+        lambda s, t: d.divergence(s, t, method="skew", alpha=0.3), S, T,
     ),
     "total_variation": (
         lambda s, t: 0.5 * np.abs(softmax(s) - softmax(t)).sum(1).mean(),
-        lambda s, t: d.divergence(s, t, kind="total_variation"), S, T,
+        lambda s, t: d.divergence(s, t, method="total_variation"), S, T,
     ),
     "top_k_kd": (np_top, lambda s, t: d.top_k_kd(s, t, k=3), S, T),
     "ranking": (np_ranking, d.ranking, S, T),
@@ -371,7 +371,7 @@ EXAMPLES = {
     "divergence": d.divergence,
     "top_k_kd": lambda s, t, **kw: d.top_k_kd(s, t, k=4, **kw),
     "ranking": d.ranking,
-    "pairs": lambda s, t, **kw: d.ranking(s, t, kind="pair", margin=0.1, **kw),
+    "pairs": lambda s, t, **kw: d.ranking(s, t, method="pair", margin=0.1, **kw),
     "cosine": d.cosine,
 }
 
@@ -409,7 +409,7 @@ MASKED = {
     **{name: (loss, S, T, KEEP, KEEP[:, None]) for name, loss in EXAMPLES.items()},
     **{
         kind: (
-            lambda s, t, kind=kind, **kw: d.divergence(s, t, kind=kind, alpha=0.3, **kw),
+            lambda s, t, kind=kind, **kw: d.divergence(s, t, method=kind, alpha=0.3, **kw),
             *(S, T, KEEP, KEEP[:, None]),
         )
         for kind in KINDS
@@ -434,7 +434,7 @@ MASKED = {
         TOKENS[:, None, :, None] & TOKENS[:, None, None, :],
     ),
     "attention, mse": (
-        lambda s, t, **kw: d.attention_distribution(s, t, kind="mse", **kw),
+        lambda s, t, **kw: d.attention_distribution(s, t, method="mse", **kw),
         ATTENTION, ATTENTION_T, TOKENS, TOKENS[:, None, :, None] & TOKENS[:, None, None, :],
     ),
     "hidden_states": (
@@ -600,7 +600,7 @@ def test_sskd_parts():
         (lambda: d.attention_relation(HIDDEN, HIDDEN_T, heads=5), "do not divide"),
         (lambda: d.patient_kd([S], [T, T]), "2 layers"),
         (lambda: d.layer_map(5, 3), "more than the teacher"),
-        (lambda: d.divergence(S, T, kind="alpha_beta", alpha=0.0), "may be 0"),
+        (lambda: d.divergence(S, T, method="alpha_beta", alpha=0.0), "may be 0"),
         (lambda: d.sskd((S, S), (T, T), LABELS), "multiple of 4"),
     ],
 )

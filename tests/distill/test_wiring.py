@@ -238,7 +238,7 @@ def test_layers_drop_one_by_one():
     error = lambda y: float(jnp.mean((y - fn(params, x)) ** 2))
     graph = jp.trace(fn, params, x)
     scores = jp.structure.layer_scores(graph, params, x)
-    masks = jp.structure.layer_masks(graph, scores, count=2)
+    masks = jp.structure.layer_masks(graph, layer_scores=scores, count=2)
     assert error(small(left, x)) < 0.5 * error(fn(jp.apply_masks(params, masks), x))
     with pytest.raises(ValueError, match="at most one for each"):
         jp.distill.drop_layers(fn, params, data, optax.sgd(0.1), count=1, stages=2)

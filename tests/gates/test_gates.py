@@ -86,7 +86,7 @@ def test_top_k_keeps_exactly_k_even_of_ties(k):
 
 def test_costs():
     gates = jnp.array([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
-    assert float(g.l1(gates)) == 0.5
+    assert float(g.l1_penalty(gates)) == 0.5
     np.testing.assert_allclose(g.target_rate(gates, 0.5, per="gate"), np.mean([0.25, 0.25, 0.0]))
     np.testing.assert_allclose(
         g.target_rate(gates, 0.5, per="example"),
@@ -156,7 +156,7 @@ def test_categorical_policies_and_learning():
 def test_clipped_objective_stops_at_its_bounds():
     logits, actions = jnp.array([[0.0]]), jnp.array([[1.0]])
     old = g.log_prob(logits, actions)
-    slope = lambda x, a: jax.grad(lambda x: g.clipped(x, actions, jnp.array([a]), old))(
+    slope = lambda x, a: jax.grad(lambda x: g.ppo_clip_loss(x, actions, jnp.array([a]), old))(
         jnp.array([[x]])
     )
     assert float(slope(0.0, 1.0)[0, 0]) < 0  # towards the rewarded action
@@ -209,7 +209,7 @@ def test_less_work_is_compiled():
     assert flops(few, x, kernel, index) < 0.1 * flops(dense, x, kernel)
     block = lambda x: jnp.tanh(x @ kernel[0, 0]) @ kernel[1, 1]
     tokens, scores = normal(2, 64, 32), normal(2, 64)
-    routed = lambda x, s: g.routed(block, x, s, 16)
+    routed = lambda x, s: g.route_top_k(block, x, s, 16)
     assert flops(routed, tokens, scores) < 0.5 * flops(lambda x: x + block(x), tokens)
 
 
@@ -219,11 +219,13 @@ def test_routing_equals_masking():
     chosen = g.top_k(scores - scores.min() + 1, 3, soft=False)
     weight = jax.nn.sigmoid(scores) * chosen
     wanted = x + block(x) * weight[..., None]
-    found = jax.jit(lambda x, s: g.routed(block, x, s, 3, weight=jax.nn.sigmoid))(x, scores)
+    found = jax.jit(lambda x, s: g.route_top_k(block, x, s, 3, weight=jax.nn.sigmoid))(x, scores)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
-    slopes = jax.grad(lambda s: jnp.sum(g.routed(block, x, s, 3, weight=jax.nn.sigmoid)))(scores)
+    slopes = jax.grad(lambda s: jnp.sum(g.route_top_k(block, x, s, 3, weight=jax.nn.sigmoid)))(
+        scores
+    )
     assert ((np.asarray(slopes) != 0) == np.asarray(chosen > 0)).all()
-    rows = g.routed(block, x[0], scores[0], 2)
+    rows = g.route_top_k(block, x[0], scores[0], 2)
     changed = np.asarray((rows != x[0]).any(1))
     assert set(np.flatnonzero(changed)) == set(np.argsort(-np.asarray(scores[0]))[:2])
 
@@ -235,7 +237,7 @@ def test_blocks_that_are_closed_do_not_run():
         jax.debug.callback(lambda: ran.append(1))
         return jnp.tanh(x)
 
-    run = jax.jit(lambda gate, x: g.maybe(gate, block, x))
+    run = jax.jit(lambda gate, x: g.skip_block(gate, block, x))
     x = normal(1, 4)
     np.testing.assert_array_equal(run(jnp.array(0.0), x), x)
     jax.effects_barrier()
@@ -325,7 +327,7 @@ def test_attached_gates_train_jointly():
     def loss(both):
         logits, gates = gated(*both, x)
         task = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-        return task + 1e-3 * sum(g.l1(v) for v in gates.values())
+        return task + 1e-3 * sum(g.l1_penalty(v) for v in gates.values())
 
     tx = optax.adam(1e-2)
     state, first = tx.init(both), loss(both)
@@ -356,10 +358,10 @@ def test_attached_gates_train_jointly():
         (lambda: g.hard_concrete(X, jax.random.key(0), beta=-1.0), "above 0"),
         (lambda: g.target_rate(X, 1.5), r"\[0, 1\]"),
         (lambda: g.weighted_cost({"a": X}, {"b": 1.0}), "'a'"),
-        (lambda: g.routed(lambda x: x, normal(2, 4), normal(2), 0), "at least 1"),
-        (lambda: g.routed(lambda x: x, normal(2, 4), normal(2), 3), "more than the 2"),
-        (lambda: g.routed(lambda x: x, normal(2, 4), normal(3), 1), "first one or two axes"),
-        (lambda: g.maybe(jnp.ones(2), jnp.tanh, normal(2, 3)), "one decision"),
+        (lambda: g.route_top_k(lambda x: x, normal(2, 4), normal(2), 0), "at least 1"),
+        (lambda: g.route_top_k(lambda x: x, normal(2, 4), normal(2), 3), "more than the 2"),
+        (lambda: g.route_top_k(lambda x: x, normal(2, 4), normal(3), 1), "first one or two axes"),
+        (lambda: g.skip_block(jnp.ones(2), jnp.tanh, normal(2, 3)), "one decision"),
         (lambda: g.opened(X, "topk"), "expected one of"),
         (lambda: g.opened(X, "top_k", k=1.5), "fraction"),
         (lambda: g.reinforce(normal(3, 2), normal(3, 2), normal(2)), "one per example"),

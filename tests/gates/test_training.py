@@ -33,7 +33,7 @@ def test_joint_loss_warms_up_anneals_and_reaches_a_budget():
         seen.append(temperature)
         return gated(both["net"], both["gates"], x, key=key, temperature=temperature)
 
-    loss_fn = g.joint(
+    loss_fn = g.joint_loss(
         fn,
         task,
         lambda gates: jnp.maximum(g.weighted_cost(gates, gated.costs) - 0.4, 0),
@@ -66,7 +66,7 @@ def test_phases_hold_updates_and_state():
     params = {"net": jnp.ones(3), "gates": jnp.ones(3)}
     tx = optax.multi_transform(
         {
-            "net": jp.optim.phased(optax.adam(0.1), jp.schedules.turns(1, 2)),
+            "net": jp.optim.phased(optax.adam(0.1), jp.schedules.alternating(1, 2)),
             "gates": jp.optim.phased(optax.adam(0.1), jp.schedules.between(2, end=4)),
         },
         {"net": "net", "gates": "gates"},
@@ -128,7 +128,7 @@ def test_stages_after_the_exit_do_not_run():
     stage = lambda n: lambda x: (jax.debug.callback(lambda: ran.append(n)), x)[1]
     head = lambda x: jnp.stack([x[:, 0], -x[:, 0]], -1)
     run = jax.jit(
-        lambda x: g.exit_when_sure([stage(i) for i in range(3)], [head] * 3, x, threshold=0.9)
+        lambda x: g.exit_when_confident([stage(i) for i in range(3)], [head] * 3, x, threshold=0.9)
     )
     jax.block_until_ready(run(jnp.full((1, 2), 5.0)))
     jax.effects_barrier()
@@ -206,7 +206,7 @@ def test_skipping_can_be_exported():
 
 def test_annealed_temperatures():
     for kind in ("exponential", "linear", "cosine"):
-        schedule = jp.schedules.annealed(0.1, initial=2.0, begin=10, end=20, kind=kind)
+        schedule = jp.schedules.annealed(0.1, initial=2.0, begin=10, end=20, method=kind)
         values = [float(jax.jit(schedule)(step)) for step in (0, 10, 15, 20, 99)]
         assert values[:2] == pytest.approx([2.0, 2.0])
         assert values[3:] == pytest.approx([0.1, 0.1])
@@ -218,11 +218,11 @@ def test_annealed_temperatures():
     "call",
     [
         lambda: jp.schedules.annealed(0.0, end=5),
-        lambda: jp.schedules.annealed(0.1, end=5, kind="steps"),
+        lambda: jp.schedules.annealed(0.1, end=5, method="steps"),
         lambda: jp.schedules.between(5, end=5),
-        lambda: jp.schedules.turns(0, 1),
+        lambda: jp.schedules.alternating(0, 1),
         lambda: g.exit_loss([X], jnp.mean, weights=[1.0, 2.0]),
-        lambda: g.exit_when_sure([jnp.tanh], [], X, threshold=0.5),
+        lambda: g.exit_when_confident([jnp.tanh], [], X, threshold=0.5),
         lambda: g.early_exit([jnp.tanh], [jnp.tanh], X, capacities=[1]),
     ],
 )
