@@ -144,12 +144,12 @@ class Solution:
             )
         return position, unit
 
-    def removed(self, gone: np.ndarray) -> np.ndarray:
+    def removed(self, units: np.ndarray) -> np.ndarray:
         """Per id whether it goes, given per component whether that unit goes."""
-        gone = gone.copy()
+        found = units.copy()
         products = np.flatnonzero(self.row >= 0)
         while True:
-            before = gone[products]
-            gone[products] = gone[self.row[products]] | gone[self.column[products]]
-            if (gone[products] == before).all():
-                return gone[self.label]
+            before = found[products]
+            found[products] = found[self.row[products]] | found[self.column[products]]
+            if (found[products] == before).all():
+                return found[self.label]

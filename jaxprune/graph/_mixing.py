@@ -28,7 +28,7 @@ def reduce_rule(name: str) -> Rule:
             if not x.is_zero or name != "reduce_sum":
                 constraints.freeze(
                     x.ids[axis][unsafe],
-                    f"{name} at {source} runs over indices that do not vanish when masked",
+                    f"{name} at {source} runs over indices that are not zero when masked",
                 )
         left = [i for i in range(len(x.ids)) if i not in params["axes"]]
         keeps = name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_or")
@@ -52,7 +52,7 @@ def dot_rule(
     for a, b in zip(lc, rc, strict=True):
         constraints.equate(lhs.ids[a], rhs.ids[b])
         safe = lhs.zero[a] | rhs.zero[b] | lhs.is_zero | rhs.is_zero
-        reason = f"dot_general at {source} runs over indices that do not vanish when masked"
+        reason = f"dot_general at {source} runs over indices that are not zero when masked"
         constraints.freeze(lhs.ids[a][~safe], reason)
         constraints.freeze(rhs.ids[b][~safe], reason)
     ids, zero = [], []
@@ -83,9 +83,9 @@ def conv_rule(
     zero: list[Any] = [np.zeros(n, bool) for n in outs[0]]
     ids[on], zero[on] = lhs.ids[ln], lhs.zero[ln]
     ids[oc], zero[oc] = rhs.ids[ro], rhs.zero[ro]
-    within, vanishes = lhs.ids[lc], lhs.zero[lc]
+    within, zero_within = lhs.ids[lc], lhs.zero[lc]
     if groups > 1:
-        before, zero_before, within, vanishes = split_axis(
+        before, zero_before, within, zero_within = split_axis(
             constraints, lhs.ids[lc], lhs.zero[lc], groups, lhs.shape[lc] // groups
         )
         after, *_ = split_axis(
@@ -96,8 +96,8 @@ def conv_rule(
             zero[oc] = rhs.zero[ro] | np.repeat(zero_before, rhs.shape[ro] // groups)
     if len(within) > 1:
         constraints.equate(within, rhs.ids[ri])
-        safe = vanishes | rhs.zero[ri] | lhs.is_zero | rhs.is_zero
-        reason = f"convolution at {source} sums over channels that do not vanish when masked"
+        safe = zero_within | rhs.zero[ri] | lhs.is_zero | rhs.is_zero
+        reason = f"convolution at {source} sums over channels that are not zero when masked"
         constraints.freeze(within[~safe], reason)
         constraints.freeze(rhs.ids[ri][~safe], reason)
     return [AxisInfo(tuple(ids), tuple(zero), 0.0 if lhs.is_zero or rhs.is_zero else None)]

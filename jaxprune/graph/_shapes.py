@@ -192,11 +192,11 @@ def reverse_rule(
     constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
 ) -> list[AxisInfo]:
     x = ins[0]
-    turn = lambda v, i: v[::-1] if i in params["dimensions"] else v
+    reverse = lambda v, i: v[::-1] if i in params["dimensions"] else v
     return [
         AxisInfo(
-            tuple(turn(v, i) for i, v in enumerate(x.ids)),
-            tuple(turn(v, i) for i, v in enumerate(x.zero)),
+            tuple(reverse(v, i) for i, v in enumerate(x.ids)),
+            tuple(reverse(v, i) for i, v in enumerate(x.zero)),
             x.value,
         )
     ]

@@ -144,10 +144,10 @@ def _until(
     )
 
 
-def _masks_without(graph: Graph, gone: Sequence[Layer]) -> Masks:
+def _masks_without(graph: Graph, removed: Sequence[Layer]) -> Masks:
     masks: list[Any] = [jnp.asarray(True)] * len(graph.paths)
     stacked: dict[int, np.ndarray] = {}
-    for layer in gone:
+    for layer in removed:
         for position, index in layer.leaves:
             shape = graph.shapes[position]
             if index is None:

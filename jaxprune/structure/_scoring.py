@@ -100,9 +100,9 @@ def like_params(graph: Graph) -> PyTree:
     return graph.treedef.unflatten(graph.paths)
 
 
-def masks_without(graph: Graph, gone: np.ndarray) -> Masks:
+def masks_without(graph: Graph, units: np.ndarray) -> Masks:
     """Masks that remove some units, given per component whether it goes."""
-    removed = graph.solution.removed(gone)
+    removed = graph.solution.removed(units)
     masks = []
     for axes, shape in zip(graph.own, graph.shapes, strict=True):
         mask = np.ones((1,) * len(shape), bool)

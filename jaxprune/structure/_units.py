@@ -181,11 +181,11 @@ def keep_units(graph: Graph, keep: Mapping[str, Any]) -> Masks:
       [[True, False, True]]
     """
     _check_units("keep", graph, keep)
-    gone = np.zeros(len(graph.solution.reason), bool)
+    removed = np.zeros(len(graph.solution.reason), bool)
     for group in graph.groups:
         if group.name in keep:
-            gone[group.units[~np.asarray(keep[group.name], bool)]] = True
-    return masks_without(graph, gone)
+            removed[group.units[~np.asarray(keep[group.name], bool)]] = True
+    return masks_without(graph, removed)
 
 
 def _chosen(
@@ -205,15 +205,17 @@ def _chosen(
         mine = np.flatnonzero(classes[owner] == kind)
         lowest = mine[np.argsort(everything[mine], kind="stable")][: round(fraction * len(mine))]
         wanted += np.bincount(owner[lowest], minlength=len(groups))
-    gone = np.zeros(len(graph.solution.reason), bool)
+    removed = np.zeros(len(graph.solution.reason), bool)
     for group, score, count in zip(groups, ranked, wanted.tolist(), strict=True):
         left = max(group.size - count, min(min_units, group.size))
         if group.size >= round_to:
             left = min(max(round(left / round_to), 1) * round_to, group.size)
             left = max(left, min(-(-min_units // round_to) * round_to, group.size))
         finite = int(np.isfinite(score).sum())
-        gone[group.units[np.argsort(score, kind="stable")[: min(group.size - left, finite)]]] = True
-    return gone
+        removed[group.units[np.argsort(score, kind="stable")[: min(group.size - left, finite)]]] = (
+            True
+        )
+    return removed
 
 
 def _on_host(x: Any) -> np.ndarray:
@@ -244,7 +246,7 @@ def _measure(graph: Graph, target: str) -> Callable[[np.ndarray], float]:
     cost = lambda removed: graph.cost_without(removed).flops
     count = sizes if target == "params" else cost
     full = count(np.zeros(graph.solution.label.shape, bool))
-    return lambda gone: count(graph.solution.removed(gone)) / max(full, 1)
+    return lambda removed: count(graph.solution.removed(removed)) / max(full, 1)
 
 
 def _search(
@@ -263,9 +265,9 @@ def _search(
     low, high, best = 0.0, 1.0, most
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        gone = choose(middle)
-        if measure(gone) <= value:
-            high, best = middle, gone
+        removed = choose(middle)
+        if measure(removed) <= value:
+            high, best = middle, removed
         else:
             low = middle
         if high - low < 1e-4:
