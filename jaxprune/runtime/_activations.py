@@ -27,7 +27,7 @@ CLIP = 16.0
 LEAST_RESULTS = (
     2.0  # as large as the largest: one by itself may be small by chance, and its error not
 )
-MOST_SPREAD = 40.0  # largest over rms, of a row of activations times that of all results
+MOST_SPREAD = 52.0  # for errors of 9e-6 of it: largest over rms, of a row of activations times that of all results
 
 
 class Int8Split(NamedTuple):

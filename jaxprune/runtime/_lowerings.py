@@ -38,6 +38,7 @@ from jaxprune.runtime._integers import LONGEST
 from jaxprune.runtime._rules import INTEGERS, Kind, has_rule, rule_of
 
 _FEW = 2  # integer products of fewer rows run slower than of these
+_PEAK = 5.0  # largest to rms of a column of weights, as a rule
 _SEEN = 16  # entries of each block and column that tell of outliers
 
 
@@ -74,14 +75,14 @@ def _guarded(
     axes: tuple[int, ...],
     fast: Callable[[], tuple[Array, Array]],
     slow: Callable[[], Array],
-    sources: float = 1.0,
+    of_weights: float = 0.0,
 ) -> Array:
     """`fast()` where two int8 parts resolve `x`, `fast` says so of the weights, and the results are even
     enough for errors to be small beside all of them; else `slow()`. Decided as the program runs.
-    `sources`: how much larger errors are than those of the activations alone.
+    `of_weights`: the ratio of largest to rms that weights have, where they are rounded too.
     """
     resolved, peak = is_resolved(x, axes)
-    peak = sources * peak
+    peak = jnp.hypot(peak, of_weights)
     shape = jax.eval_shape(fast)[0]
 
     def checked() -> tuple[Array, Array]:
@@ -211,7 +212,7 @@ def _blocked_split(x: Array, w: Any, layout: Layout, how: How) -> Array:
     axes = _contracted(x, layout)
     x = rounded(x, axes, how)
     fast = lambda: _both_split(x, w, layout)
-    return _guarded(x, axes, fast, lambda: _blocked(x, w, layout, None), 1.4)
+    return _guarded(x, axes, fast, lambda: _blocked(x, w, layout, None), _PEAK)
 
 
 def _both_split(x: Array, w: Any, layout: Layout) -> tuple[Array, Array]:
