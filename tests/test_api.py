@@ -64,7 +64,6 @@ DATA = {
     "Seen",
     "Similarity",
     "Site",
-    "Tie",
 }
 # keyword-only does not suit these positional habits
 POSITIONAL = {"bits", "stats", "where"}

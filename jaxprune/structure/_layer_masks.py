@@ -92,7 +92,10 @@ def _as_list(patterns: Sequence[str]) -> list[str]:
 def _by_layer(graph: Graph, found: tuple[Layer, ...], scores: Any) -> dict[str, float]:
     """Score by layer, from such a dict or from scores of parameters."""
     names = {layer.name for layer in found}
-    if isinstance(scores, Mapping) and names & set(scores):
+    named = isinstance(scores, Mapping) and [scores[n] for n in names & set(scores)]
+    if named and not any(
+        isinstance(x, Mapping) for x in named
+    ):  # else a tree with keys of such names
         if any(np.ndim(x) for x in scores.values()):
             raise ValueError("scores: expected one number per layer, as layer_scores gives them")
         return {name: float(x) for name, x in scores.items()}
