@@ -72,11 +72,11 @@ def resnet(size, batch):
     jax.block_until_ready((params, by_hand))
     fn = ResNet50().apply
     for turn in ("first time in the process", "warm"):
-        seconds, graph, masks, (small_fn, small) = pipeline(fn, params, x)
+        seconds, graph, masks, (compact_fn, small) = pipeline(fn, params, x)
         parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
         print(f"{turn}: {sum(seconds.values()):.2f} s ({parts}); {len(graph.groups)} groups")
     masked = jp.apply_masks(params, masks)
-    dense, compacted, narrow = jax.jit(fn), jax.jit(small_fn), jax.jit(ResNet50(32).apply)
+    dense, compacted, narrow = jax.jit(fn), jax.jit(compact_fn), jax.jit(ResNet50(32).apply)
     gap = jnp.max(jnp.abs(dense(masked, x) - compacted(small, x)))
     print(f"largest difference of removed and masked: {gap:.1e}")
     found = in_turns(
@@ -87,7 +87,7 @@ def resnet(size, batch):
         }
     )
     show(f"ResNet-50 at half the channels, {batch} x {size}^2", found, "dense")
-    say(graph.cost().flops / jp.trace(small_fn, small, x).cost().flops, found)
+    say(graph.cost().flops / jp.trace(compact_fn, small, x).cost().flops, found)
 
 
 def minilm(batch, length):
@@ -102,11 +102,11 @@ def minilm(batch, length):
     masks = jp.structure.unit_masks(
         graph, jp.scores.magnitude(params), sparsity=0.5, scope="leaf", ignore=ignore
     )
-    small_fn, small = jp.compact(minilm.encode, params, masks, x, verify=True)
-    dense, compacted = jax.jit(minilm.encode), jax.jit(small_fn)
+    compact_fn, small = jp.compact(minilm.encode, params, masks, x, verify=True)
+    dense, compacted = jax.jit(minilm.encode), jax.jit(compact_fn)
     found = in_turns({"dense": lambda: dense(params, x), "compacted": lambda: compacted(small, x)})
     show(f"MiniLM at half the heads and neurons, {batch} x {length} tokens", found, "dense")
-    say(graph.cost().flops / jp.trace(small_fn, small, x).cost().flops, found)
+    say(graph.cost().flops / jp.trace(compact_fn, small, x).cost().flops, found)
 
 
 def say(flops, found):

@@ -86,7 +86,7 @@ def main():
     plans = {
         "25 % heads, neurons": units(0.25),
         "50 % heads, neurons": units(0.5),
-        "3 of 12 branches": jp.structure.layer_masks(graph, influence, count=3),
+        "3 of 12 branches": jp.structure.layer_masks(graph, layer_scores=influence, count=3),
     }
     table = Table(title=f"MiniLM-L6-v2, {BATCH} sentences of 32 tokens")
     for column in ("removed", "MFLOPs", "size", "latency", "faster", "cosine", "after"):
@@ -103,11 +103,11 @@ def main():
     base = seconds(minilm.encode, params, x)
     row("nothing", minilm.encode, params, "1.000", "")
     for name, masks in plans.items():
-        small_fn, small = jp.compact(minilm.encode, params, masks, train[:64], fold="mean")
-        before = cosine(small_fn, small, test, target[:500])
-        better = distil(small_fn, small, train, target[500:], arguments.epochs, name[:19])
-        after = cosine(small_fn, better, test, target[:500])
-        row(name, small_fn, better, f"{before:.3f}", f"{after:.3f}")
+        compact_fn, small = jp.compact(minilm.encode, params, masks, train[:64], fold="mean")
+        before = cosine(compact_fn, small, test, target[:500])
+        better = distil(compact_fn, small, train, target[500:], arguments.epochs, name[:19])
+        after = cosine(compact_fn, better, test, target[:500])
+        row(name, compact_fn, better, f"{before:.3f}", f"{after:.3f}")
     Console().print(table)
 
 

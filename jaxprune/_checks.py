@@ -93,6 +93,16 @@ def broadcasts(name: str, path: str, shape: tuple[int, ...], target: tuple[int, 
         )
 
 
+def all_dense(name: str, tree: PyTree, cure: str) -> None:
+    """Checks that a tree has no compressed leaves."""
+    for path, leaf in zip(*flatten(tree)[:2], strict=True):
+        if is_compressed(leaf):
+            raise TypeError(
+                f"{name}: leaf {path!r} is a {type(leaf).__name__}, expected a dense array; {cure}, or "
+                f"make it dense first: jp.materialize_tree({name})"
+            )
+
+
 def masks_fit(masks: PyTree, params: PyTree) -> None:
     """Checks that `masks` is a tree of bools that broadcasts, leaf by leaf, against `params`."""
     same_structure("masks", masks, "params", params)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune._types import PyTree, Where, is_compressed
 from jaxprune._uses import Uses, conventions
@@ -48,10 +49,39 @@ def dense(leaf: Any) -> Any:
     return leaf.materialize() if is_compressed(leaf) else leaf
 
 
+def abstract(leaf: Any) -> Any:
+    """Shape and dtype of what a compressed leaf stands for; others as they are."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_compressed(leaf) else leaf
+
+
+def is_tie(leaf: Any) -> bool:
+    """Whether a leaf stands for another of its tree; functions that choose leaves pass it by."""
+    return bool(getattr(type(leaf), "is_tie", False))
+
+
+def resolve_ties(tree: PyTree) -> PyTree:
+    """The tree with every tied leaf replaced by what it stands for: the very same array, or made of it.
+
+    A leaf tied under another root (`{"params": tied}`) finds its source beside it.
+    """
+    paths, leaves, treedef = flatten(tree)
+    if not any(map(is_tie, leaves)):
+        return tree
+    held = dict(zip(paths, leaves, strict=True))
+    return treedef.unflatten(
+        leaf.resolved(path, held) if is_tie(leaf) else leaf for path, leaf in held.items()
+    )
+
+
+def is_few(n: Any, most: float) -> bool:
+    """Whether a size is at most so large; a symbolic one, of `jax.export`, may be any and is not."""
+    return isinstance(n, (int, np.integer)) and n <= most
+
+
 def is_floating(leaf: Any) -> bool:
-    """Whether a leaf is a floating-point array (or stands for one)."""
+    """Whether a leaf is a floating-point array (or stands for one, and is no tie)."""
     dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and not is_tie(leaf)
 
 
 def rank(leaf: Any) -> int:

@@ -10,9 +10,12 @@ Three kinds of tree share the treedef of the parameters that they speak of:
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 PyTree: TypeAlias = Any
 Params: TypeAlias = PyTree
@@ -33,10 +36,18 @@ ScheduleFn: TypeAlias = Callable[[jax.Array], jax.Array]
 class CompressedArray(Protocol):
     """A pytree node that stands for one dense array and stores it in fewer bytes.
 
-    Implementations are registered dataclasses whose children are arrays. Their static metadata
-    counts axes from the end, so that mapping over leading axes (`scan`, `vmap`, `x[i]`) keeps it
-    valid.
+    Implementations are frozen dataclasses whose children are arrays (`_leaves.register`). Their
+    static fields count axes from the end, so that mapping over leading axes (`scan`, `vmap`, `x[i]`)
+    keeps them valid. They state `shape`, `dtype` and `materialize`, and take the rest from
+    `CompressedLeaf`.
+
+    Attributes:
+      is_trained: held as the arrays that an optimizer moves, as large as the dense one.
+      is_tie: stands for another leaf of its tree, and has no numbers of its own.
     """
+
+    is_trained: ClassVar[bool]
+    is_tie: ClassVar[bool]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,6 +60,16 @@ class CompressedArray(Protocol):
         ...
 
     @property
+    def ndim(self) -> int:
+        """Number of axes of the dense array."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the dense array."""
+        ...
+
+    @property
     def nbytes(self) -> int:
         """Bytes held now, metadata arrays (scales, codebooks) included."""
         ...
@@ -56,6 +77,60 @@ class CompressedArray(Protocol):
     def materialize(self) -> jax.Array:
         """The dense array, of `shape` and `dtype`."""
         ...
+
+    def astype(self, dtype: Any) -> Any:
+        """The same codes, standing for an array of another float type; or `TypeError`."""
+        ...
+
+
+class CompressedLeaf:
+    """What all leaves share: see `CompressedArray`."""
+
+    is_trained: ClassVar[bool] = False
+    is_tie: ClassVar[bool] = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense array."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the dense array."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the dense array."""
+        return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now, metadata arrays (scales, codebooks) included."""
+        return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    def astype(self, dtype: Any) -> Self:
+        """The same codes, standing for an array of another float type.
+
+        Raises:
+          TypeError: not a float type.
+        """
+        check_float(dtype)
+        changed: Any = self
+        return replace(changed, dtype=np.dtype(dtype))
+
+    def check(self) -> None:
+        """Raises `ValueError` where the children do not fit the static fields, as in damaged files."""
+        mine: Any = self
+        found = jax.eval_shape(lambda leaf: leaf.materialize(), mine)
+        if found.shape != mine.shape or found.dtype != mine.dtype:
+            raise ValueError(f"its parts make {found.shape} of {found.dtype}, not {mine.shape}")
+
+
+def check_float(dtype: Any) -> None:
+    """Raises `TypeError` for what is no float type."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype: expected a float type, got {dtype}; use materialize() first")
 
 
 def is_compressed(x: Any) -> bool:

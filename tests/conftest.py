@@ -21,7 +21,7 @@ install_import_hook(
         "jaxprune.masks._keys",
         "jaxprune.masks._search",
         "jaxprune.masks._select",
-        "jaxprune.quantize._bits",
+        "jaxprune._bits",
         "jaxprune.quantize._scale",
         "jaxprune.scores._weights",
     ],

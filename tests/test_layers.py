@@ -10,6 +10,8 @@ LAYERS = {
     "_types": 0,
     "_uses": 0,
     "_trees": 0,
+    "_bits": 0,
+    "_leaves": 0,
     "_checks": 0,
     "_progress": 0,
     "schedules": 0,

@@ -1,8 +1,9 @@
 """Running a function on data, and noting what reaches its weights."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,16 @@ from jaxprune._progress import track
 from jaxprune._types import Params, PyTree, Where
 from jaxprune._uses import Uses
 from jaxprune.calibration._rows import row_weights, rows_that_count
-from jaxprune.calibration._stats import Stats, empty, finished, merged, sums
+from jaxprune.calibration._stats import Stats, averaged, empty, finished, merged, nothing, sums
 from jaxprune.program import (
-    Follower,
-    Found,
-    Held,
-    Use,
+    Executor,
+    HookResult,
+    Operation,
+    Step,
+    TraceCache,
+    Tracked,
     inputs_of,
+    is_product,
     layout_of,
     standard,
     trace_program,
@@ -41,8 +45,8 @@ def calibrate(
     """Runs a function on data and records what multiplies each weight.
 
     Any function: products and convolutions with a leaf of `params`, through transposes, reshapes, scans
-    over layers (then every field has a leading axis) and recurrences. A weight used several times sees
-    everything that multiplies it. What `while` and `cond` do is not recorded.
+    over layers (then every field has a leading axis), recurrences, loops and branches. A weight used
+    several times sees everything that multiplies it.
 
     Args:
       fn: `fn(params, *inputs)`.
@@ -67,6 +71,10 @@ def calibrate(
 
     Raises:
       ValueError: no batches; a NaN or an infinity reaches a weight (named, with the batch).
+      TypeError: a static argument that is not hashable.
+
+    Warns:
+      UserWarning: a weight where what multiplies it cannot be recorded, such as one split over devices.
 
     Example:
       >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
@@ -77,35 +85,32 @@ def calibrate(
     """
     if not 0 <= decay < 1:
         raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
+    params = _trees.resolve_ties(params)
     paths, leaves, treedef = _trees.flatten(params)
     if where is not None:
         _trees.select(params, where)  # a bad `where` fails before any work
     counting = rows_that_count(fn, weights)
     known: dict[str, Uses] = {}
-    axes: dict[str, tuple[int, ...]] = {}
+    axes: dict[str, tuple[tuple[int, ...], int]] = {}
     recorded = {"histogram": histogram, "second_moment": second_moment}
     step = _step(fn, treedef, paths, where, axes, known, counting, **recorded)
     total: dict[str, Any] = {}
     moving: dict[str, tuple[Any, Any]] = {}
-    jitted: dict[Any, Any] = {}
+    jitted = TraceCache()
     for number, batch in enumerate(track(batches, "calibrate")):
         args = batch if isinstance(batch, tuple) else (batch,)
         inputs = inputs_of(args, {})
-        if inputs.key not in jitted:
-            jitted[inputs.key] = jax.jit(step(args))
-        record = jitted[inputs.key](leaves, inputs.arrays)
+        run = jitted.get(inputs.key, lambda args=args: jax.jit(step(args)))
+        record = run(leaves, inputs.arrays)
         _refuse_non_finite(record, number)
         for path, found in record.items():
             ends = (found["low"], found["high"])
-            before = moving.get(path, ends)
-            moving[path] = tuple(
-                decay * a + (1 - decay) * b for a, b in zip(before, ends, strict=True)
-            )
-            total[path] = merged([total[path], found], False) if path in total else found
-    if not jitted:
+            moving[path] = averaged(moving.get(path, ends), ends, decay)
+            total[path] = merged(path, [total[path], found], False) if path in total else found
+    if not len(jitted):
         raise ValueError("batches: expected at least one, got none (an exhausted iterator?)")
     return treedef.unflatten(
-        finished(total[path], moving[path], axes[path], known[path])
+        finished(total[path], moving[path], axes[path][0], known[path], axes[path][1])
         if path in total
         else empty(known[path])
         for path in paths
@@ -116,7 +121,7 @@ def ranges_seen(
     fn: Callable[..., Any], params: Params, paths: list[str], *args: Any, **kwargs: Any
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The least and largest entry that multiplies each of some leaves, on one batch; traceable."""
-    names, leaves, treedef = _trees.flatten(params)
+    names, leaves, treedef = _trees.flatten(_trees.resolve_ties(params))
     inputs = inputs_of(args, kwargs)
     bound = lambda p, *arrays: _rebuilt(fn, inputs, p, list(arrays))
     chosen = [re.escape(path) for path in paths]
@@ -136,7 +141,7 @@ def _step(
     treedef: Any,
     paths: list[str],
     where: Where,
-    axes: dict[str, tuple[int, ...]],
+    axes: dict[str, tuple[tuple[int, ...], int]],
     known: dict[str, Uses],
     counting: Callable[[tuple[Any, ...]], Any],
     **recorded: bool,
@@ -153,61 +158,88 @@ def _step(
             found = uses_of_program(program, [jnp.shape(x) for x in dense])
             known.update(zip(paths, found, strict=True))
             chosen = _trees.select(params, where, uses=treedef.unflatten(found))
-            held = [
-                Held.of(x, path) if hit else x
+            tracked = [
+                Tracked.of(x, path) if hit else x
                 for path, x, hit in zip(paths, dense, chosen, strict=True)
             ]
             weights = counting(inputs.rebuild(arrays)[0])
 
-            def use(seen: Use) -> Found:
-                operand = operand_of(seen)
+            def use(step: Step) -> HookResult:
+                operand = operand_of(step)
                 if operand is None:
-                    return Found()
-                path, x, summed, sizes = operand
-                if axes.setdefault(path, summed) != summed:
-                    return (
-                        Found()
-                    )  # used the other way round, as tied embeddings: its first use counts
-                return Found(record={path: sums(x, row_weights(weights, x, sizes), **recorded)})
+                    return HookResult()
+                found = operand.axes, operand.groups
+                # used the other way round, as tied embeddings are: its first use counts
+                if axes.setdefault(operand.path, found) != found:
+                    return HookResult()
+                own = row_weights(weights, operand.x, operand.sizes, operand.groups)
+                return HookResult(record={operand.path: sums(operand.x, own, **recorded)})
 
-            return Follower(use, merge=merged).run(program, [*held, *arrays])[1]
+            executor = Executor(
+                use, enters=lambda operation: True, dense=_told, merge=merged, neutral=nothing
+            )
+            return executor.run(program, [*tracked, *arrays])[1]
 
         return run
 
     return for_inputs
 
 
-def operand_of(use: Use) -> tuple[str, jax.Array, tuple[int, ...], tuple[int, ...]] | None:
-    """What multiplies a followed weight in a product or convolution: its path, the rows and features
-    (…, rows, features), features in the order of the weight's axes, these axes, and the sizes of the
-    axes that make the rows.
+def _told(operation: Operation | None, tracked: Tracked, reason: str) -> None:
+    """Says what is not recorded: weights that an operation with programs of its own takes whole."""
+    if operation is not None and operation.inner:
+        warnings.warn(
+            f"calibrate: what multiplies {tracked.path!r} inside of {operation.name} at "
+            f"{operation.source} is not recorded: {reason}",
+            stacklevel=2,
+        )
+
+
+class Operand(NamedTuple):
+    """What multiplies a tracked weight in a product or convolution.
+
+    Attributes:
+      path: of the weight.
+      x: (…, rows, features), features in the order of the weight's axes.
+      axes: these axes, counted from the end.
+      sizes: of the axes that make the rows.
+      groups: of a convolution: if above 1, the axis of `x` before rows.
     """
-    operation, operands = use
-    if operation.primitive.name not in ("dot_general", "conv_general_dilated"):
+
+    path: str
+    x: jax.Array
+    axes: tuple[int, ...]
+    sizes: tuple[int, ...]
+    groups: int = 1
+
+
+def operand_of(step: Step) -> Operand | None:
+    """What multiplies a tracked weight, if the step is a product or convolution with one."""
+    operation, operands, _ = step
+    if not is_product(operation.name) or "dimension_numbers" not in operation.params:
         return None
-    sides = [i for i in (0, 1) if isinstance(operands[i], Held)]
+    sides = [i for i in (0, 1) if isinstance(operands[i], Tracked)]
     if len(sides) != 1:
         return None
     side = sides[0]
-    held, x = operands[side], operands[1 - side]
-    if operation.primitive.name == "dot_general":
-        layout = layout_of(operation, held, x, side)
+    tracked, x = operands[side], operands[1 - side]
+    if operation.name == "dot_general":
+        layout = layout_of(operation, tracked, x, side)
         rows = standard(operation, x, side, layout)  # (batch…, rows, contracted…)
         first = rows.ndim - len(layout.contract)
         order = np.argsort(layout.contract)
         rows = jnp.transpose(rows, (*range(first), *(first + i for i in order)))
         rank = len(layout.shape)
         axes = tuple(layout.contract[i] - rank for i in order)
-        return held.path, rows.reshape(*rows.shape[:first], -1), axes, layout.sizes
-    return None if side == 0 else (held.path, *_patches(operation, held, x))
+        return Operand(tracked.path, rows.reshape(*rows.shape[:first], -1), axes, layout.sizes)
+    return None if side == 0 else _patches(operation, tracked, x)
 
 
-def _patches(
-    operation: Any, held: Held, x: jax.Array
-) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
+def _patches(operation: Any, tracked: Tracked, x: jax.Array) -> Operand:
+    """The windows that a kernel multiplies, as rows (im2col)."""
     params = operation.params
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    window = [held.shape[i] for i in numbers.rhs_spec[2:]]
+    window = [tracked.shape[i] for i in numbers.rhs_spec[2:]]
     patches = jax.lax.conv_general_dilated_patches(
         jnp.transpose(x, numbers.lhs_spec),  # (batch, channels, space…)
         window,
@@ -216,25 +248,25 @@ def _patches(
         lhs_dilation=params["lhs_dilation"],
         rhs_dilation=params["rhs_dilation"],
     )  # (batch, channels × window, space…)
-    channels = held.shape[numbers.rhs_spec[1]]
+    channels = tracked.shape[numbers.rhs_spec[1]]
     n, space = patches.shape[0], patches.shape[2:]
     patches = patches.reshape(n, groups, channels, *window, -1)
     # as the kernel lays out its inputs: per read axis (input channels and window) its place
     read = {numbers.rhs_spec[1]: 2, **{a: 3 + i for i, a in enumerate(numbers.rhs_spec[2:])}}
-    rank = len(held.order)
-    stored = sorted((held.order[axis], place) for axis, place in read.items())
+    rank = len(tracked.order)
+    stored = sorted((tracked.order[axis], place) for axis, place in read.items())
     last = patches.ndim - 1
-    patches = jnp.transpose(patches, (0, 1, last, *(place for _, place in stored)))
+    patches = jnp.transpose(patches, (1, 0, last, *(place for _, place in stored)))
     assert rank == len(read) + 1
     features = int(np.prod([channels, *window]))
-    axes = tuple(axis for axis, _ in stored)
-    return patches.reshape(-1, features), axes, (n, *space) if groups == 1 else (n, groups, *space)
+    rows = patches.reshape(*(() if groups == 1 else (groups,)), -1, features)
+    return Operand(tracked.path, rows, tuple(axis for axis, _ in stored), (n, *space), groups)
 
 
 def _refuse_non_finite(record: dict[str, Any], batch: int) -> None:
     ends = jax.device_get({p: (r["low"], r["high"]) for p, r in record.items()})
-    for path, pair in ends.items():
-        if not all(np.isfinite(end).all() for end in pair):
+    for path, (low, high) in ends.items():
+        if not (np.isfinite(low) | (low == np.inf)).all() or not (high < np.inf).all():
             raise ValueError(
                 f"batches: in batch {batch}, NaN or infinity multiplies leaf {path!r}; look at the data "
                 "and at the layers before it"

@@ -7,6 +7,7 @@ are the null space of one matrix, whatever operations lie between (ReLU, pooling
 convolutions, gates, normalisations, attention).
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,7 +49,10 @@ def equalize(
       sweeps: how often all scalings are gone through; fewer where ranges have settled.
 
     Returns:
-      The tree with other weights and biases; the same where nothing can be scaled.
+      The tree with other weights and biases.
+
+    Warns:
+      UserWarning: nothing can be scaled.
 
     Example:
       >>> fn = lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"]
@@ -67,6 +71,12 @@ def equalize(
     wide = [np.asarray(x, np.float32) if _trees.is_floating(x) else x for x in leaves]
     found = [s for s in _scalings_of(graph, call, leaves) if _holds(call, leaves, wide, s)]
     if not found:
+        names = ", ".join(repr(group.name) for group in graph.groups[:4]) or "none"
+        warnings.warn(
+            "equalize: nothing is scaled: no scaling of a group of units leaves the outputs as they are; "
+            f"groups: {names}",
+            stacklevel=2,
+        )
         return params
     for _ in range(sweeps):
         moved = [_balance(wide, scaling) for scaling in found]

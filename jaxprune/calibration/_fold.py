@@ -1,14 +1,16 @@
 """Batch normalisations folded into the weights before them."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune import _trees
 from jaxprune._types import Params
-from jaxprune.calibration._products import products_of
-from jaxprune.program import Program, norms_of, trace_program
+from jaxprune.calibration._products import Product, products_of
+from jaxprune.program import Norm, norms_of, trace_program
 
 
 def fold_batch_norm(fn: Callable[..., Any], params: Params, *args: Any, **kwargs: Any) -> Params:
@@ -25,7 +27,11 @@ def fold_batch_norm(fn: Callable[..., Any], params: Params, *args: Any, **kwargs
       *args, **kwargs: example inputs; only shapes matter.
 
     Returns:
-      The tree with other kernels, statistics, scales and biases; the same where nothing can be folded.
+      The tree with other kernels, statistics, scales and biases. Stacked layers of a scan are folded
+      layer by layer.
+
+    Warns:
+      UserWarning: a normalisation that cannot be folded (its kernel and the reason), or none at all.
 
     Example:
       >>> def fn(p, x):
@@ -41,34 +47,64 @@ def fold_batch_norm(fn: Callable[..., Any], params: Params, *args: Any, **kwargs
     """
     paths, leaves, treedef = _trees.flatten(params)
     program = trace_program(fn, params, *args, **kwargs)
-    outputs = _output_axes(program, paths, leaves)
-    out = list(leaves)
-    for norm in norms_of(program, len(leaves)):
-        axis = outputs.get(paths[norm.weight])
-        if axis is None or norm.bias is None:
-            continue
-        weight, mean, var = (jnp.asarray(leaves[i]) for i in (norm.weight, norm.mean, norm.var))
-        gain = 1.0 / jnp.sqrt(var.astype(jnp.float32) + norm.epsilon)
-        if norm.scale is not None:
-            gain = gain * leaves[norm.scale]
-        if gain.size != weight.shape[axis]:
-            continue
-        if norm.scale is not None:
-            out[norm.scale] = jnp.ones_like(leaves[norm.scale])
-        shape = [1] * weight.ndim
-        shape[axis] = -1
-        out[norm.weight] = (weight * gain.reshape(shape)).astype(weight.dtype)
-        if norm.product_bias is not None:
-            before = leaves[norm.product_bias]
-            out[norm.product_bias] = (before * gain).astype(before.dtype)
-        bias = leaves[norm.bias]
-        out[norm.bias] = (bias - mean * gain).astype(bias.dtype)
-        out[norm.mean] = jnp.zeros_like(mean)
-        out[norm.var] = jnp.full_like(var, 1.0 - norm.epsilon)
+    products = {p.path: p for p in products_of(program, paths, leaves)}
+    out, kept = list(leaves), []
+    norms = norms_of(program, len(leaves))
+    for norm in norms:
+        reason = _reason(norm, products.get(paths[norm.weight]), leaves)
+        if reason:
+            kept.append(f"{paths[norm.weight]!r}: {reason}")
+        else:
+            _fold(out, leaves, norm, products[paths[norm.weight]])
+    if kept or not norms:
+        none = "no normalisation by running statistics follows a product"
+        warnings.warn(f"fold_batch_norm: not folded: {'; '.join(kept) or none}", stacklevel=2)
     return treedef.unflatten(out)
 
 
-def _output_axes(program: Program, paths: list[str], leaves: list[Any]) -> dict[str, int]:
-    """Of each weight with one axis of results, that axis, counted from the end."""
-    products = products_of(program, paths, leaves)
-    return {p.path: p.free[0] for p in products if len(p.free) == 1 and not p.batch}
+def _reason(norm: Norm, product: Product | None, leaves: list[Any]) -> str:
+    """Why a normalisation cannot be folded; empty where it can."""
+    if norm.others:
+        return f"it, or what it is normalised by, is read at {', '.join(norm.others)} too"
+    if norm.bias is None:
+        return "the normalisation has no bias to take up its mean"
+    shape = np.shape(leaves[norm.weight])
+    if product is None or len(product.free) != 1 or product.batch:
+        return "its product has no single axis of results"
+    lead = shape[: len(shape) - len(product.shape)]
+    if shape != (*lead, *product.shape):
+        return "it is reshaped before it multiplies"
+    size = product.shape[product.free[0]]
+    sizes = {np.size(leaves[i]) for i in norm.leaves if i != norm.weight}
+    if not sizes <= {size, size * int(np.prod(lead))}:
+        return f"{size} channels are normalised by statistics of other sizes"
+    return ""
+
+
+def _fold(out: list[Any], leaves: list[Any], norm: Norm, product: Product) -> None:
+    """Moves one normalisation into its kernel; all arrays are taken as (layers…, channels)."""
+    weight = jnp.asarray(leaves[norm.weight])
+    lead, axis = weight.shape[: weight.ndim - len(product.shape)], product.free[0]
+
+    def layers(position: int | None) -> Any:
+        x = leaves[position] if position is not None else jnp.ones(weight.shape[axis])
+        own = lead if np.size(x) != weight.shape[axis] else ()
+        return jnp.reshape(x, (*own, -1))
+
+    def put(position: int | None, x: Any) -> None:
+        if position is None:
+            return
+        old = leaves[position]
+        out[position] = (
+            jnp.broadcast_to(x, np.shape(layers(position))).reshape(np.shape(old)).astype(old.dtype)
+        )
+
+    gain = layers(norm.scale) / jnp.sqrt(layers(norm.var).astype(jnp.float32) + norm.epsilon)
+    place = [1] * len(product.shape)
+    place[axis] = -1
+    out[norm.weight] = (weight * gain.reshape(*gain.shape[:-1], *place)).astype(weight.dtype)
+    put(norm.product_bias, layers(norm.product_bias) * gain)
+    put(norm.bias, layers(norm.bias) - layers(norm.mean) * gain)
+    put(norm.mean, jnp.zeros(()))
+    put(norm.var, jnp.full((), 1.0 - norm.epsilon))
+    put(norm.scale, jnp.ones(()))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxprune import _trees
 from jaxprune._types import Params
-from jaxprune.program import Follower, Found, Held, Program, Use, trace_program
+from jaxprune.program import Executor, HookResult, Program, Step, Tracked, is_product, trace_program
 from jaxprune.quantize import Spec
 
 
@@ -18,28 +18,33 @@ class Product(NamedTuple):
 
     Attributes:
       path: its path.
+      shape: of what is multiplied: without the leading axes that loops map over, and reshaped perhaps.
       batch, free: its axes that are mapped over, and that make features of the result, counted from the
         end; all others are summed.
     """
 
     path: str
+    shape: tuple[int, ...]
     batch: tuple[int, ...]
     free: tuple[int, ...]
 
 
 def products_of(program: Program, paths: list[str], leaves: list[Any]) -> list[Product]:
-    """Every use of a leaf as one operand of a product, loops over layers included."""
+    """Every use of a leaf as one operand of a product, inner programs included."""
     found: list[Product] = []
 
-    def use(seen: Use) -> Found:
-        product = _product(seen)
+    def use(step: Step) -> HookResult:
+        product = _product(step)
         if product is not None and product not in found:
             found.append(product)
-        return Found()
+        return HookResult()
 
     def run(leaves: list[Any], rest: list[Any]) -> list[Any]:
-        held = [Held.of(x, p) if jnp.ndim(x) else x for x, p in zip(leaves, paths, strict=True)]
-        return Follower(use).run(program, [*held, *rest])[0]
+        tracked = [
+            Tracked.of(x, p) if jnp.ndim(x) else x for x, p in zip(leaves, paths, strict=True)
+        ]
+        executor = Executor(use, enters=lambda operation: True)
+        return executor.run(program, [*tracked, *rest])[0]
 
     rest = [program.avals[i] for i in program.inputs[len(leaves) :]]
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in rest]
@@ -47,22 +52,22 @@ def products_of(program: Program, paths: list[str], leaves: list[Any]) -> list[P
     return found
 
 
-def _product(seen: Use) -> Product | None:
-    operation, operands = seen
-    sides = [i for i in (0, 1) if i < len(operands) and isinstance(operands[i], Held)]
-    if len(sides) != 1:
+def _product(step: Step) -> Product | None:
+    operation, operands, _ = step
+    sides = [i for i, x in enumerate(operands[:2]) if isinstance(x, Tracked)]
+    if len(sides) != 1 or not is_product(operation.name):
         return None
-    held, side = operands[sides[0]], sides[0]
-    if operation.primitive.name == "conv_general_dilated" and side == 1:
-        return Product(
-            held.path, (), (held.order[operation.params["dimension_numbers"].rhs_spec[0]],)
-        )
-    if operation.primitive.name != "dot_general":
+    (side,), numbers = sides, operation.params.get("dimension_numbers")
+    if numbers is None:
         return None
-    contract, batch = operation.params["dimension_numbers"]
+    tracked = operands[side]
+    path, order, shape = tracked.path, tracked.order, tuple(tracked.array.shape)
+    if operation.name == "conv_general_dilated":
+        return Product(path, shape, (), (order[numbers.rhs_spec[0]],)) if side == 1 else None
+    contract, batch = numbers
     used = (*contract[side], *batch[side])
-    free = tuple(held.order[i] for i in range(len(held.order)) if i not in used)
-    return Product(held.path, tuple(held.order[i] for i in batch[side]), free)
+    free = tuple(order[i] for i in range(len(order)) if i not in used)
+    return Product(path, shape, tuple(order[i] for i in batch[side]), free)
 
 
 def first_and_last(

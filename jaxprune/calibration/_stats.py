@@ -26,7 +26,7 @@ _LEAST = ("low",)
         "count", "mean", "mean_square", "absmax", "low", "high", "moving_low", "moving_high",
         "histogram", "second_moment",
     ),
-    meta_fields=("axes", "uses"),
+    meta_fields=("axes", "uses", "groups"),
 )  # fmt: skip
 @dataclass(frozen=True)
 class Stats:
@@ -47,6 +47,8 @@ class Stats:
       second_moment: (features, features), the mean of x xᵀ, or `None`.
       axes: the weight's summed axes, counted from the end, ascending.
       uses: what the calibrated function does with the leaf, see `jp.uses`.
+      groups: of a grouped convolution: the axis before features counts them, since each group of output
+        channels reads features of its own (depthwise ones have as many groups as channels).
     """
 
     count: Array
@@ -61,6 +63,7 @@ class Stats:
     second_moment: Array | None
     axes: tuple[int, ...]
     uses: Uses
+    groups: int = 1
 
 
 def empty(uses: Uses) -> Stats:
@@ -115,7 +118,22 @@ def magnitudes() -> np.ndarray:
     return 2.0 ** (_LOWEST + (np.arange(_PER_OCTAVE * _OCTAVES) + 1) / _PER_OCTAVE)
 
 
-def merged(records: list[dict[str, Array]], stacked: bool) -> dict[str, Array]:
+def nothing(shapes: dict[str, Any]) -> dict[str, Array]:
+    """The sums over no rows, which change none that they are merged with."""
+    fill = {"low": jnp.inf, "high": -jnp.inf}
+    return {key: jnp.full(x.shape, fill.get(key, 0.0), x.dtype) for key, x in shapes.items()}
+
+
+def averaged(before: tuple[Any, Any], ends: tuple[Any, Any], decay: float) -> tuple[Any, Any]:
+    """Moving averages of the ends of a range; a batch that saw nothing changes none."""
+
+    def average(a: Any, b: Any) -> Any:
+        return jnp.where(jnp.isinf(b), a, jnp.where(jnp.isinf(a), b, decay * a + (1 - decay) * b))
+
+    return average(before[0], ends[0]), average(before[1], ends[1])
+
+
+def merged(path: str, records: list[dict[str, Array]], stacked: bool) -> dict[str, Array]:
     """Sums of several parts together; `stacked`: of one record along its leading axis."""
 
     def join(key: str, op: Callable[..., Array]) -> Array:
@@ -129,7 +147,11 @@ def merged(records: list[dict[str, Array]], stacked: bool) -> dict[str, Array]:
 
 
 def finished(
-    record: dict[str, Any], moving: tuple[Any, Any], axes: tuple[int, ...], uses: Uses
+    record: dict[str, Any],
+    moving: tuple[Any, Any],
+    axes: tuple[int, ...],
+    uses: Uses,
+    groups: int,
 ) -> Stats:
     """Means of the sums."""
     count = record["count"]
@@ -138,16 +160,16 @@ def finished(
         / jnp.maximum(count, 1.0).reshape(jnp.shape(count) + (1,) * (jnp.ndim(x) - jnp.ndim(count)))
     )
     products = record.get("products")
+    seen = lambda end: jnp.where(jnp.isinf(end), 0.0, end)
     return Stats(
         count,
         rows(record["total"]),
         rows(record["squares"]),
         record["absmax"],
-        record["low"],
-        record["high"],
-        *moving,
+        *(seen(end) for end in (record["low"], record["high"], *moving)),
         record.get("histogram"),
         None if products is None else rows(products),
         axes,
         uses,
+        groups,
     )

@@ -1,25 +1,24 @@
 """Intermediate values of any function, without editing it."""
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprune import _trees
 from jaxprune._types import Params
 from jaxprune.program import (
+    Executor,
+    Kind,
     Operation,
     Program,
     inputs_of,
-    nested_run,
-    open_program,
-    run_operation,
+    primitive,
+    same_numbers,
     trace_program,
 )
 
-_VIEWS = (
-    "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "dynamic_slice", "expand_dims",
-    "reshape", "slice", "squeeze", "transpose",
-)  # fmt: skip
+_ENTERED = ("scan", "custom_vjp_call")  # others run parts of themselves, or none
 _KINDS = ("param", "scope", "op", "name")
 
 At = str | Sequence[str] | Mapping[str, str]
@@ -32,13 +31,11 @@ class Site(NamedTuple):
       kind: `"param"` (made with a parameter), `"scope"` (the last of a name scope), `"op"` or `"name"`
         (of `jax.ad_checkpoint.checkpoint_name`).
       label: path of the parameter, name of the scope, operation with its number, or the name given.
-      place: operations that the value lies in (loops), by number, outermost first.
-      number: of the value there.
+      number: of the value.
     """
 
     kind: str
     label: str
-    place: tuple[int, ...]
     number: int
 
 
@@ -61,7 +58,7 @@ def capture(
         - `op:` an operation and how many of its kind came before: `op:tanh/0`;
         - `name:` what `jax.ad_checkpoint.checkpoint_name` called a value.
         Without a prefix the first kind with a match counts, in this order. In loops over layers,
-        values of all turns are stacked.
+        values of all iterations are stacked.
 
     Returns:
       The outputs of `fn`, and a dict of values: by the names of `at`, or by label.
@@ -77,15 +74,36 @@ def capture(
       >>> out.shape, found["h"].shape, float(found["pre"][0, 0])
       ((2, 1), (2, 4), 3.0)
     """
-    paths, leaves, treedef = _trees.flatten(params)
+    paths, leaves, treedef = _trees.flatten(_trees.resolve_ties(params))
     dense = [_trees.dense(leaf) for leaf in leaves]
     inputs = inputs_of(args, kwargs)
     program = trace_program(fn, treedef.unflatten(dense), *args, **kwargs)
     origins = dict(zip(program.inputs, paths, strict=False))
-    wanted = _select(at, _sites(program, origins, ()))
-    found: dict[str, Any] = {}
-    outs = _run(program, [*dense, *inputs.arrays], wanted, (), found)
+    wanted = _select(at, _sites(program, origins))
+    outs, found = _executor(wanted).run(program, [*dense, *inputs.arrays])
     return program.out_tree.unflatten(outs), {name: found[name] for name in wanted}
+
+
+def _executor(wanted: Mapping[str, Site]) -> Executor:
+    """Notes the wanted values; loops that hold some are entered, and stack those of all iterations."""
+    numbers = {site.number for site in wanted.values()}
+
+    def holds(operation: Operation) -> bool:
+        inside = (op for program in operation.inner for op in program.operations)
+        found = any(not numbers.isdisjoint(op.outs) or holds(op) for op in inside)
+        if found and operation.name == "custom_vjp_call":
+            warnings.warn(
+                f"at: a value within a function with a gradient of its own, at {operation.source}, is "
+                "captured: derivatives are those of its operations, not its own",
+                stacklevel=3,
+            )
+        return found
+
+    def note(operation: Operation, outs: list[Any]) -> dict[str, Any]:
+        made = dict(zip(operation.outs, outs, strict=True))
+        return {name: made[site.number] for name, site in wanted.items() if site.number in made}
+
+    return Executor(note=note, enters=holds)
 
 
 def sites(fn: Callable[..., Any], params: Params, *args: Any, **kwargs: Any) -> list[str]:
@@ -106,43 +124,47 @@ def sites(fn: Callable[..., Any], params: Params, *args: Any, **kwargs: Any) -> 
     """
     paths = _trees.leaf_paths(params)
     program = trace_program(fn, params, *args, **kwargs)
-    found = _sites(program, dict(zip(program.inputs, paths, strict=False)), ())
+    found = _sites(program, dict(zip(program.inputs, paths, strict=False)))
     order = sorted(found, key=lambda site: _KINDS.index(site.kind))
     return list(dict.fromkeys(f"{site.kind}:{site.label}" for site in order))
 
 
-def _sites(program: Program, origins: dict[int, str], place: tuple[int, ...]) -> list[Site]:
+def _sites(program: Program, origins: dict[int, str]) -> list[Site]:
     """All values with a label, in order of execution; of a scope, its last value."""
     origins = dict(origins)
     found: list[Site] = []
     scopes: dict[str, int] = {}
     counts: dict[str, int] = {}
-    for index, operation in enumerate(program.operations):
-        name = operation.primitive.name
-        read = [origins[i] for i in operation.ins if i in origins]
-        if name in _VIEWS and operation.ins[0] in origins:
-            origins[operation.outs[0]] = origins[operation.ins[0]]
-            continue
-        nested = nested_run(operation) if name == "scan" else None
-        if nested is not None:
-            inner = open_program(nested.jaxprs[0])
-            pairs = zip(inner.inputs, operation.ins, strict=True)
-            known = {mine: origins[theirs] for mine, theirs in pairs if theirs in origins}
-            found += _sites(inner, known, (*place, index))
+    for operation in program.operations:
+        name, ins = operation.name, operation.ins
+        read = [origins[i] for i in ins if i in origins]
+        part = primitive(name).kind is Kind.PART
+        if ins and ins[0] in origins and (part or same_numbers(operation, views=True)):
+            pairs = zip(ins, operation.outs, strict=False)
+            origins.update({out: origins[i] for i, out in pairs if i in origins})
+            if name != "name":
+                continue
+            read = []
+        if name in _ENTERED:
+            (inner,) = operation.inner
+            known = {
+                mine: origins[i] for mine, i in zip(inner.inputs, ins, strict=True) if i in origins
+            }
+            found += _sites(inner, known)
             read = []
         if not operation.outs:
             continue
         out = operation.outs[0]
-        found += [Site("param", path, place, out) for path in dict.fromkeys(read)]
+        found += [Site("param", path, out) for path in dict.fromkeys(read)]
         number = counts.get(name, 0)
         counts[name] = number + 1
-        found.append(Site("op", f"{name}/{number}", place, out))
+        found.append(Site("op", f"{name}/{number}", out))
         if name == "name":
-            found.append(Site("name", operation.params["name"], place, out))
+            found.append(Site("name", operation.params["name"], out))
         parts = operation.scope.split("/") if operation.scope else []
         for depth in range(1, len(parts) + 1):
             scopes["/".join(parts[:depth])] = out
-    return found + [Site("scope", label, place, number) for label, number in scopes.items()]
+    return found + [Site("scope", label, number) for label, number in scopes.items()]
 
 
 def _select(at: At, found: list[Site]) -> dict[str, Site]:
@@ -179,50 +201,3 @@ def _matching(pattern: str, found: list[Site]) -> list[Site]:
     raise ValueError(
         _trees.no_match(re.escape(text) if text in labels else text, labels, parameter="at")
     )
-
-
-def _run(
-    program: Program,
-    inputs: list[Any],
-    wanted: Mapping[str, Site],
-    place: tuple[int, ...],
-    found: dict[str, Any],
-) -> list[Any]:
-    values = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
-    for index, operation in enumerate(program.operations):
-        operands = [values[i] for i in operation.ins]
-        here = (*place, index)
-        inside = {n: s for n, s in wanted.items() if s.place[: len(here)] == here}
-        outs = (
-            _loop(operation, operands, inside, here, found)
-            if inside
-            else run_operation(operation, operands)
-        )
-        values.update(zip(operation.outs, outs, strict=True))
-    for name, site in wanted.items():
-        if site.place == place:
-            found[name] = values[site.number]
-    return [values[i] for i in program.outputs]
-
-
-def _loop(
-    operation: Operation,
-    operands: list[Any],
-    wanted: Mapping[str, Site],
-    place: tuple[int, ...],
-    found: dict[str, Any],
-) -> list[Any]:
-    """A scan that hands out values of all its turns."""
-    nested = nested_run(operation)
-    assert nested is not None
-    body = open_program(nested.jaxprs[0])
-
-    def turn(*xs: Any) -> list[Any]:
-        inner: dict[str, Any] = {}
-        outs = _run(body, list(xs), wanted, place, inner)
-        return [*outs, *(inner[name] for name in wanted)]
-
-    outs = nested.run(operation.params, [turn], operands)
-    count = len(operation.outs)
-    found.update(zip(wanted, outs[count:], strict=True))
-    return outs[:count]

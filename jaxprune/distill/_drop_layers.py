@@ -47,7 +47,7 @@ def drop_layers(
       terms: more terms of `objective`; by default the difference of outputs.
 
     Returns:
-      `(small_fn, small_params)`, as `jp.compact` gives them.
+      `(compact_fn, small_params)`, as `jp.compact` gives them.
 
     Raises:
       ValueError: more stages than layers to remove, no batches, a match that is no parameter.
@@ -85,7 +85,7 @@ def drop_layers(
         first = as_inputs(first)
         graph = trace(student, own, *first)
         scores = layer_scores(graph, own, *first, by=by, loss=loss, pattern=pattern)
-        masks = layer_masks(graph, scores, count=left, pattern=pattern)
+        masks = layer_masks(graph, layer_scores=scores, count=left, pattern=pattern)
         student, own = compact(student, own, masks, *first)
         there = {p for p, x in zip(*_trees.flatten(own)[:2], strict=True) if jnp.size(x)}
         at = {name: path for name, path in match.items() if path in there}

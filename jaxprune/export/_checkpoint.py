@@ -1,12 +1,14 @@
 """Trees to folders and back, through Orbax.
 
 A checkpoint is a folder with `arrays/` (an Orbax checkpoint; masks at one bit per entry), or `arrays.bin`
-(entropy-coded), and `manifest.json`: the tree's structure, and the size and checksum of every file. It
-is written under a temporary name and renamed, so a folder of the final name is always whole.
+(entropy-coded), and `manifest.json`: the tree's structure, the size and checksum of every file, and a
+checksum of its own. It is written under a temporary name and renamed, so a folder of the final name is
+always whole.
 """
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -18,12 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import _checks, _trees
 from jaxprune._types import PyTree
 from jaxprune.export._entropy import coded, decoded
 from jaxprune.export._structure import decode, encode
 
 _MANIFEST, _CODED = "manifest.json", "arrays.bin"
-_FORMAT, _VERSION = "jaxprune", 1
+_FORMAT, _VERSION = "jaxprune", 2
+_SEAL = re.compile(r',"checksum":"([0-9a-f]{8})"}\Z')
 _CHUNK = 1 << 22
 _ATTEMPTS = 100
 
@@ -81,7 +85,7 @@ def save(path: str | Path, tree: PyTree, *, overwrite: bool = False, entropy: bo
             ],
             "files": {str(f.relative_to(work)): _fingerprint(f) for f in _files(work)},
         }
-        (work / _MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")))
+        (work / _MANIFEST).write_text(_sealed(json.dumps(manifest, separators=(",", ":"))))
         os.chmod(work, 0o755)
         _replace(work, path)
     except BaseException:
@@ -137,7 +141,7 @@ def stored_arrays(arrays: list[Any]) -> dict[str, Any]:
 
 def _stored(array: Any) -> Any:
     """The array as Orbax keeps it: bools as bits, scalars with an axis, small floats as bytes."""
-    array = jnp.asarray(array) if np.ndim(array) == 0 else array
+    array = np.asarray(array) if np.ndim(array) == 0 else array
     if array.dtype == np.bool_:
         return jnp.packbits(jnp.ravel(array))
     if _by_bytes(array.dtype):
@@ -149,14 +153,17 @@ def _by_bytes(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 1
 
 
-def _restored(array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> jax.Array:
+def _restored(array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> jax.Array | np.ndarray:
+    """What was stored. Numbers of 64 bits stay with NumPy where JAX has none."""
+    kind, stored = _stored_form(dtype, shape)
+    if array.dtype != kind or array.shape != stored:
+        raise ValueError(f"an array of {array.dtype} {array.shape}, expected {kind} {stored}")
     if dtype == "bool":
         count = int(np.prod(shape))
         return jnp.asarray(np.unpackbits(array, count=count).astype(bool).reshape(shape))
     wanted = jnp.dtype(dtype)
-    if _by_bytes(wanted):
-        array = array.view(wanted)
-    return jnp.asarray(array.reshape(shape))
+    found = (array.view(wanted) if _by_bytes(wanted) else array).reshape(shape)
+    return found if jax.dtypes.canonicalize_dtype(wanted) != wanted else jnp.asarray(found)
 
 
 def _replace(work: Path, path: Path) -> None:
@@ -175,18 +182,23 @@ def _replace(work: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load(path: str | Path) -> PyTree:
+def load(path: str | Path, *, like: PyTree | None = None, sharding: Any = None) -> PyTree:
     """Reads a tree that `save` wrote. Inverse of `save`; needs no template.
 
     Args:
       path: the folder.
+      like: a tree of the same structure, shapes and dtypes (arrays, or `jax.ShapeDtypeStruct` with a
+        sharding); every array is placed as its counterpart is.
+      sharding: where to place arrays: a `jax.sharding.Sharding` for all, or a tree of them, which may end
+        above the leaves, as in `jax.device_put`. By default the default device.
 
     Returns:
-      The tree, arrays on the default device. float64 needs `jax_enable_x64`, as always in JAX.
+      The tree. Numbers of 64 bits are NumPy arrays unless `jax_enable_x64` is set.
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: a folder of another origin, or one that is incomplete or damaged.
+      ValueError: a folder of another origin, or one that is incomplete or damaged; another tree than
+        `like`.
 
     Example:
       >>> import tempfile
@@ -198,22 +210,57 @@ def load(path: str | Path) -> PyTree:
     path = Path(path).absolute()
     if not path.exists():
         raise FileNotFoundError(f"path: {path} does not exist")
-    manifest = _manifest(path)
-    for name, (size, checksum) in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
+    if like is not None and sharding is not None:
+        raise ValueError("like, sharding: expected at most one")
+    try:
+        manifest = _manifest(path)
+        _check_files(path, manifest["files"])
+        tree = decode(manifest["tree"], _read(path, manifest["arrays"]))
+    except _Refused:
+        raise
+    except Exception as error:
+        raise ValueError(f"path: {path} is damaged: {error}; copy or save it again") from error
+    if like is not None:
+        return _placed_like(tree, like)
+    return tree if sharding is None else jax.device_put(tree, sharding)
+
+
+class _Refused(ValueError):
+    """An error of `load` that says all there is to say."""
+
+
+def _placed_like(tree: PyTree, like: PyTree) -> PyTree:
+    found, structure = jax.tree_util.tree_flatten_with_path(tree)
+    if jax.tree.structure(like) != structure:
+        _checks.same_structure("like", like, "the file", tree)
+        raise ValueError("like: expected the structure of the file; static fields of leaves differ")
+    placed = []
+    for (path, leaf), model in zip(found, jax.tree.leaves(like), strict=True):
+        mine, theirs = ((np.shape(x), getattr(x, "dtype", type(x))) for x in (leaf, model))
+        if mine != theirs:
             raise ValueError(
-                f"path: {path} is incomplete: {name} is missing; copy or save it again"
+                f"like: leaf {_trees.path_str(path)!r} is {theirs}, in the file {mine}"
+            )
+        where = getattr(model, "sharding", None)
+        placed.append(leaf if where is None else jax.device_put(leaf, where))
+    return structure.unflatten(placed)
+
+
+def _check_files(folder: Path, files: dict[str, Any]) -> None:
+    for name, (size, checksum) in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise _Refused(
+                f"path: {folder} is incomplete: {name} is missing; copy or save it again"
             )
         if file.stat().st_size != size or _fingerprint(file)[1] != checksum:
-            raise ValueError(
-                f"path: {path} is damaged: {name} has {file.stat().st_size} bytes of {size}, or "
+            raise _Refused(
+                f"path: {folder} is damaged: {name} has {file.stat().st_size} bytes of {size}, or "
                 "other content; copy or save it again"
             )
-    return decode(manifest["tree"], _read(path, manifest["arrays"]))
 
 
-def _read(folder: Path, entries: list[dict[str, Any]]) -> list[jax.Array]:
+def _read(folder: Path, entries: list[dict[str, Any]]) -> list[jax.Array | np.ndarray]:
     names = [str(i) for i, entry in enumerate(entries) if np.prod(entry["shape"])]
     stored: dict[str, Any] = {}
     if any("coding" in entry for entry in entries):
@@ -236,20 +283,37 @@ def _read(folder: Path, entries: list[dict[str, Any]]) -> list[jax.Array]:
 def _manifest(path: Path) -> dict[str, Any]:
     file = path / _MANIFEST
     if not file.is_file():
-        raise ValueError(
+        raise _Refused(
             f"path: {path} is no jaxprune checkpoint (it has no {_MANIFEST}); Orbax checkpoints of "
             "other programs are read with orbax.checkpoint, and saved here with jp.export.save"
         )
+    text = file.read_bytes().decode("utf-8", "replace")
+    seal = _SEAL.search(text)
+    is_whole = seal is not None and _checksum(text[: seal.start()]) == seal[1]
     try:
-        manifest = json.loads(file.read_text())
-        known = manifest["format"] == _FORMAT
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"path: {file} is damaged; copy or save it again") from error
+        manifest = json.loads(text)
+        known, version = manifest["format"] == _FORMAT, manifest.get("version")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _Refused(f"path: {file} is damaged; copy or save it again") from error
     if not known:
-        raise ValueError(f"path: {path} is no jaxprune checkpoint: format {manifest['format']!r}")
-    if manifest["version"] > _VERSION:
-        raise ValueError(f"path: {path} was written by a newer jaxprune; upgrade")
+        raise _Refused(f"path: {path} is no jaxprune checkpoint: format {manifest['format']!r}")
+    if version != _VERSION and (is_whole or type(version) is int):
+        raise _Refused(
+            f"path: {path} was written by another version of jaxprune ({version!r}, expected {_VERSION})"
+        )
+    if not is_whole:
+        raise _Refused(f"path: {file} is damaged (its checksum differs); copy or save it again")
     return manifest
+
+
+def _sealed(text: str) -> str:
+    """A JSON object with a checksum of itself at its end."""
+    body = text.removesuffix("}")
+    return f'{body},"checksum":"{_checksum(body)}"}}'
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _files(folder: Path) -> list[Path]:

@@ -44,8 +44,7 @@ def to_qwix(tree: PyTree) -> PyTree:
         kind: Any = name if name == "nf4" else jnp.dtype(name)
         codes = leaf.levels().astype(jnp.uint4 if name == "nf4" else kind)
         zero = None if leaf.zero_point is None else leaf.zero_point.astype(kind)
-        scale = leaf.scale.astype(leaf.dtype)
-        return _qarray()(codes, scale, zero, kind)
+        return _qarray()(codes, leaf.scale, zero, kind)  # scales stay as precise as they are
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
 

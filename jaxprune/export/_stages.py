@@ -72,8 +72,7 @@ def stages(
 
 def _zeros(tree: PyTree) -> str:
     """The fraction of zeros among weights."""
-    expand = getattr(type(tree), "expand", None)
-    tree = tree.expand() if callable(expand) else tree
+    tree = _trees.resolve_ties(tree)
     leaves, chosen = _trees.flatten(tree)[1], _trees.select(tree)
     weights = [_trees.dense(x) for x, hit in zip(leaves, chosen, strict=True) if hit]
     size = sum(x.size for x in weights)

@@ -1,7 +1,8 @@
 """The structure of a tree as plain JSON, and back, so that loading needs no template.
 
 Arrays are numbered; everything else stands in the structure itself. Known nodes: dict, list, tuple,
-None, named tuples, Flax `FrozenDict` and `nnx.State`, and this library's compressed leaves.
+None, named tuples, Flax `FrozenDict` and `nnx.State`, and registered dataclasses, compressed leaves
+first of all. Names in files are looked up in lists of classes, never imported or called.
 """
 
 import dataclasses
@@ -14,110 +15,57 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune._types import PyTree
-from jaxprune.masks import PackedMask, PackedTree
-from jaxprune.qat import QATArray
-from jaxprune.quantize import (
-    ActivationQuantized,
-    DynamicInput,
-    InputScale,
-    QuantizedArray,
-    Spec,
-)
-from jaxprune.share import (
-    ClusteredArray,
-    LowRankArray,
-    Tie,
-    TiedLayers,
-    TiedTree,
-    TuckerArray,
-    packed,
-)
-from jaxprune.sparse import SparseArray
+from jaxprune import _bits, _leaves
+from jaxprune._types import PyTree, is_compressed
+from jaxprune.masks import PackedTree
+from jaxprune.share import ClusteredArray
 
-_TRUSTED = ("chex", "flax", "jax", "jaxprune", "optax")  # packages that loading may import
 _LARGE = 1024  # bytes of arrays that are compared with others
 _FROZEN = ("flax.core", "FrozenDict")
 _STATE = ("flax.nnx", "State")
+_LISTED = ("optax", "optax.contrib", "chex", "jaxprune.optim", "jaxprune.distill")
+_named: dict[str, type] = {}
+"""Named tuples that were registered or saved, by full name."""
 
-# a compressed leaf's class, and how its static fields become JSON and come back
-_COMPRESSED: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "QuantizedArray": (
-        QuantizedArray,
-        lambda q: {
-            "spec": dataclasses.asdict(q.spec),
-            "length": q.length,
-            "dtype": np.dtype(q.dtype).name,
-        },
-        lambda meta: {
-            "spec": Spec(**meta["spec"]),
-            "length": meta["length"],
-            "dtype": jax.numpy.dtype(meta["dtype"]),
-        },
-    ),
-    "ClusteredArray": (
-        ClusteredArray,
-        lambda c: {
-            "bits": c.bits,
-            "length": c.length,
-            "dtype": np.dtype(c.dtype).name,
-            "dim": c.dim,
-            "zero": c.zero,
-            "copies": c.copies,
-        },
-        lambda meta: {**meta, "dtype": jax.numpy.dtype(meta["dtype"])},
-    ),
-    "LowRankArray": (
-        LowRankArray,
-        lambda x: {"tail": x.tail, "dtype": np.dtype(x.dtype).name},
-        lambda meta: {**meta, "dtype": jax.numpy.dtype(meta["dtype"])},
-    ),
-    "SparseArray": (
-        SparseArray,
-        lambda x: {
-            **{name: getattr(x, name) for name in ("n", "m", "axis", "length", "per")},
-            "dtype": np.dtype(x.dtype).name,
-        },
-        lambda meta: {**meta, "dtype": jax.numpy.dtype(meta["dtype"])},
-    ),
-    "TuckerArray": (
-        TuckerArray,
-        lambda x: {"dtype": np.dtype(x.dtype).name},
-        lambda meta: {"dtype": jax.numpy.dtype(meta["dtype"])},
-    ),
-    "TiedLayers": (
-        TiedLayers,
-        lambda x: {"owner": list(x.owner)},
-        lambda meta: {"owner": tuple(meta["owner"])},
-    ),
-    "TiedTree": (TiedTree, lambda x: {}, lambda meta: meta),
-    "Tie": (
-        Tie,
-        lambda x: {
-            "source": x.source,
-            "order": x.order and list(x.order),
-            "dtype": np.dtype(x.dtype).name,
-        },
-        lambda meta: {
-            "source": meta["source"],
-            "order": meta["order"] and tuple(meta["order"]),
-            "dtype": jax.numpy.dtype(meta["dtype"]),
-        },
-    ),
-    "QATArray": (
-        QATArray,
-        lambda q: {"spec": dataclasses.asdict(q.spec)},
-        lambda meta: {"spec": Spec(**meta["spec"])},
-    ),
-    "ActivationQuantized": (ActivationQuantized, lambda a: {}, lambda meta: meta),
-    "InputScale": (
-        InputScale,
-        lambda s: {"bits": s.bits, "training": s.training},
-        lambda meta: meta,
-    ),
-    "DynamicInput": (DynamicInput, lambda d: {"dtype": d.dtype}, lambda meta: meta),
-    "PackedMask": (PackedMask, lambda m: {"length": m.length}, lambda meta: meta),
-}
+
+def register(cls: type) -> type:
+    """Lets `save` and `load` take a class of yours: a dataclass that is a pytree node, or a named tuple.
+
+    Args:
+      cls: a named tuple, or a dataclass registered with JAX. Its static fields are marked as JAX marks
+        them, `field(metadata={"static": True})`, and hold numbers, strings, dtypes or tuples of those.
+        Dataclasses go through `jax.export` too, as arguments of a serialized function.
+
+    Returns:
+      The class, so that this is a decorator.
+
+    Raises:
+      TypeError: neither of the two.
+      ValueError: another class of its name is registered.
+
+    Example:
+      >>> import dataclasses
+      >>> @jp.export.register
+      ... @jax.tree_util.register_dataclass
+      ... @dataclasses.dataclass(frozen=True)
+      ... class Ternary:
+      ...     signs: jax.Array
+      ...     scale: jax.Array
+      ...     axis: int = dataclasses.field(metadata={"static": True}, default=-1)
+    """
+    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
+        _named[_full_name(cls)] = cls
+    elif dataclasses.is_dataclass(cls):
+        fields = dataclasses.fields(cls)
+        meta = [f.name for f in fields if f.metadata.get("static")]
+        _leaves.add(cls, [f.name for f in fields if f.name not in meta], meta)
+    else:
+        raise TypeError(f"cls: expected a named tuple or a dataclass, got {cls.__name__}")
+    return cls
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 @dataclasses.dataclass
@@ -164,19 +112,16 @@ def encode(tree: PyTree, *, symbols: bool = False) -> tuple[dict[str, Any], list
 
 def _encode(node: Any, path: str, arrays: _Arrays) -> dict[str, Any]:
     below = lambda key, child: _encode(child, f"{path}/{key}" if path else str(key), arrays)
-    if arrays.symbols and isinstance(node, ClusteredArray):
-        meta = _COMPRESSED["ClusteredArray"][1](node)
-        children = {
-            "codebook": below("codebook", node.codebook),
-            "index": below("index", node.index()),
-        }
-        return {"kind": "symbols", "meta": meta, "children": children}
-    for name, (cls, to_meta, _) in _COMPRESSED.items():
-        if isinstance(node, cls):
-            meta = to_meta(node)
-            fields = [f.name for f in dataclasses.fields(node) if f.name not in meta]
-            children = {f: below(f, getattr(node, f)) for f in fields}
-            return {"kind": "compressed", "type": name, "meta": meta, "children": children}
+    name = type(node).__name__
+    known = _leaves.NODES.get(name)
+    if known is not None and known.cls is type(node):
+        static = {field: _leaves.to_json(getattr(node, field)) for field in known.meta}
+        if arrays.symbols and isinstance(node, ClusteredArray):
+            children = {"codebook": node.codebook, "index": node.index()}
+        else:
+            children = {field: getattr(node, field) for field in known.data}
+        items = {field: below(field, child) for field, child in children.items()}
+        return {"kind": "leaf", "type": name, "static": static, "children": items}
     if isinstance(node, PackedTree):
         return {"kind": "packed", "tree": below("masks", node.treedef.unflatten(node.leaves))}
     if node is None:
@@ -206,9 +151,9 @@ def _encode(node: Any, path: str, arrays: _Arrays) -> dict[str, Any]:
                 )
         return {"kind": kind, "items": items}
     if isinstance(node, tuple) and hasattr(node, "_fields"):
-        cls = type(node)
+        register(type(node))
         fields = {f: below(f, getattr(node, f)) for f in node._fields}
-        return {"kind": "named", "type": [cls.__module__, cls.__qualname__], "children": fields}
+        return {"kind": "named", "type": _full_name(type(node)), "children": fields}
     if type(node) in (list, tuple):
         items = [below(i, child) for i, child in enumerate(node)]
         return {"kind": type(node).__name__, "items": items}
@@ -239,58 +184,110 @@ def decode(structure: dict[str, Any], arrays: list[Any]) -> PyTree:
     """The tree of a structure and its arrays. Inverse of `encode`.
 
     Raises:
-      ValueError: a structure of an unknown kind, or a class that is not at hand.
+      ValueError: a structure of an unknown kind, a class that is not at hand, or children that do not fit
+        their node. What is malformed raises what Python raises.
     """
-    kind = structure["kind"]
-    back = lambda child: decode(child, arrays)
-    if kind == "array":
-        return arrays[structure["index"]]
-    if kind == "value":
-        return structure["value"]
-    if kind == "none":
-        return None
-    if kind in ("dict", "frozen", "state"):
-        items = {key: back(child) for key, child in structure["items"]}
-        if kind == "dict":
-            return items
-        module, name = _FROZEN if kind == "frozen" else _STATE
-        return getattr(importlib.import_module(module), name)(items)
-    if kind in ("list", "tuple"):
-        items = [back(child) for child in structure["items"]]
-        return items if kind == "list" else tuple(items)
-    if kind == "variable":
-        cls = getattr(importlib.import_module("flax.nnx"), structure["type"], None)
-        if cls is None:
-            raise ValueError(f"checkpoint: unknown nnx variable type {structure['type']!r}")
-        return cls(back(structure["value"]))
-    if kind == "packed":
-        return PackedTree.of(back(structure["tree"]))
-    children = {name: back(child) for name, child in structure.get("children", {}).items()}
-    if kind == "named":
-        return _named_class(*structure["type"])(**children)
-    if kind == "symbols":
-        meta = _COMPRESSED["ClusteredArray"][2](structure["meta"])
-        return ClusteredArray(children["codebook"], packed(children["index"], meta["bits"]), **meta)
-    if kind == "compressed" and structure["type"] in _COMPRESSED:
-        cls, _, from_meta = _COMPRESSED[structure["type"]]
-        return cls(**children, **from_meta(structure["meta"]))
-    raise ValueError(
-        f"checkpoint: unknown node {kind!r} ({structure.get('type')}); it was written by a newer "
-        "jaxprune: upgrade"
-    )
+    return _DECODERS[structure["kind"]](structure, arrays)
 
 
-def _named_class(module: str, qualname: str) -> Any:
-    """A named tuple's class: from trusted packages, or from a module that is loaded already."""
-    if module.split(".")[0] in _TRUSTED:
-        found: Any = importlib.import_module(module)
-    else:
-        found = sys.modules.get(module)
-    for name in qualname.split("."):
-        found = getattr(found, name, None)
-    if not (isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields")):
+def _array(structure: dict[str, Any], arrays: list[Any]) -> Any:
+    index = structure["index"]
+    if type(index) is not int or not 0 <= index < len(arrays):
+        raise ValueError(f"array {index!r} of {len(arrays)}")
+    return arrays[index]
+
+
+def _value(structure: dict[str, Any], arrays: list[Any]) -> Any:
+    value = structure["value"]
+    if not isinstance(value, (bool, int, float, str)):
+        raise ValueError(f"{type(value).__name__} as a value")
+    return value
+
+
+def _mapping(structure: dict[str, Any], arrays: list[Any]) -> Any:
+    items = {key: decode(child, arrays) for key, child in structure["items"]}
+    if len(items) != len(structure["items"]) or not all(type(k) in (str, int) for k in items):
+        raise ValueError("keys that are no strings or integers, or come twice")
+    if structure["kind"] == "dict":
+        return items
+    module, name = _FROZEN if structure["kind"] == "frozen" else _STATE
+    return getattr(importlib.import_module(module), name)(items)
+
+
+def _sequence(structure: dict[str, Any], arrays: list[Any]) -> Any:
+    items = [decode(child, arrays) for child in structure["items"]]
+    return items if structure["kind"] == "list" else tuple(items)
+
+
+def _variable(structure: dict[str, Any], arrays: list[Any]) -> Any:
+    nnx = importlib.import_module("flax.nnx")
+    classes = {
+        name: cls
+        for name, cls in vars(nnx).items()
+        if isinstance(cls, type) and issubclass(cls, nnx.Variable)
+    }
+    if structure["type"] not in classes:
+        raise ValueError(f"unknown nnx variable {structure['type']!r}")
+    return classes[structure["type"]](decode(structure["value"], arrays))
+
+
+def _packed_tree(structure: dict[str, Any], arrays: list[Any]) -> Any:
+    return PackedTree.of(decode(structure["tree"], arrays))
+
+
+def _children(structure: dict[str, Any], arrays: list[Any]) -> dict[str, Any]:
+    return {name: decode(child, arrays) for name, child in structure["children"].items()}
+
+
+def _leaf(structure: dict[str, Any], arrays: list[Any]) -> Any:
+    known = _leaves.NODES.get(structure["type"])
+    if known is None:
         raise ValueError(
-            f"checkpoint: it holds the named tuple {module}.{qualname}, which is not at hand; "
-            f"import {module} before loading"
+            f"unknown leaf {structure['type']!r}; register its class before loading "
+            "(jp.export.register), or upgrade"
         )
-    return found
+    children = _children(structure, arrays)
+    static = {name: _leaves.from_json(value) for name, value in structure["static"].items()}
+    if "index" in children and known.cls is ClusteredArray:
+        index = children.pop("index")
+        children["indices"] = _bits.pack_planes(index, static["bits"], static["axis"])
+    if set(children) != set(known.data) or set(static) != set(known.meta):
+        raise ValueError(f"{structure['type']} with other fields")
+    leaf = known.cls(**children, **static)
+    if is_compressed(leaf) and hasattr(leaf, "check"):
+        leaf.check()
+    return leaf
+
+
+def _named_tuple(structure: dict[str, Any], arrays: list[Any]) -> Any:
+    name = structure["type"]
+    cls = _named.get(name) or _listed().get(name)
+    if cls is None:
+        raise ValueError(
+            f"it holds the named tuple {name}, which is not at hand; register its class before loading: "
+            "jp.export.register"
+        )
+    return cls(**_children(structure, arrays))
+
+
+def _listed() -> dict[str, type]:
+    """The named tuples that known packages offer, by full name; none is imported that is not loaded."""
+    found = [x for name in _LISTED for x in vars(sys.modules.get(name, object)).values()]
+    tuples = [x for x in found if isinstance(x, type) and issubclass(x, tuple)]
+    return {_full_name(cls): cls for cls in tuples if hasattr(cls, "_fields")}
+
+
+_DECODERS: dict[str, Callable[[dict[str, Any], list[Any]], Any]] = {
+    "array": _array,
+    "value": _value,
+    "none": lambda structure, arrays: None,
+    "dict": _mapping,
+    "frozen": _mapping,
+    "state": _mapping,
+    "list": _sequence,
+    "tuple": _sequence,
+    "variable": _variable,
+    "packed": _packed_tree,
+    "leaf": _leaf,
+    "named": _named_tuple,
+}

@@ -12,9 +12,15 @@ from jaxprune._types import Params
 from jaxprune.gates._layers import METHODS, gate_logits, gate_params, kept, opened
 from jaxprune.gates._skip import open_channels
 from jaxprune.graph import Graph, Group, trace
-from jaxprune.program import Operation, inputs_of, observe, run_operation
-
-_PRODUCTS = ("dot_general", "conv_general_dilated")
+from jaxprune.program import (
+    Executor,
+    HookResult,
+    Operation,
+    Step,
+    inputs_of,
+    is_product,
+    run_operation,
+)
 
 
 class _Reader(NamedTuple):
@@ -176,10 +182,10 @@ class GatedFunction:
         for number, reads in enumerate(self._readers):
             for place in reads:
                 wanted.setdefault(place, []).append(number)
-        places = {id(op): i for i, op in enumerate(program.operations)}
 
-        def hook(operation: Operation, operands: list[Any]) -> list[Any]:
-            place = places[id(operation)]
+        def hook(step: Step) -> HookResult:
+            operation, operands, _ = step
+            place = operation.outs[0] if operation.outs else -1
             reads = [(number, self._readers[number][place]) for number in wanted.get(place, [])]
             for number, reader in reads:
                 if self.names[number] not in gates:
@@ -193,10 +199,10 @@ class GatedFunction:
                     )
             for number, reader in reads:
                 operands = close(number, gates[self.names[number]], reader, operands)
-            return run_operation(operation, operands)
+            return HookResult(run_operation(operation, operands) if reads else None)
 
-        leaves = [_trees.dense(leaf) for leaf in _trees.flatten(params)[1]]
-        outs = observe(program, [*leaves, *inputs.arrays], hook)
+        leaves = [_trees.dense(leaf) for leaf in _trees.flatten(_trees.resolve_ties(params))[1]]
+        outs, _ = Executor(hook).run(program, [*leaves, *inputs.arrays])
         return program.out_tree.unflatten(outs), gates
 
 
@@ -278,7 +284,8 @@ def attach(
         kept(k, group.size)
     if not chosen:
         raise ValueError(
-            "groups: nothing to gate: no product of the top level reads units that can close"
+            "groups: nothing to gate: no product of the top level reads units that can close; inside of "
+            f"loops, branches or functions with own gradients: {', '.join(known) or 'none'}"
         )
     how = {"method": method, "k": k, "reduction": reduction, "temperature": temperature}
     return GatedFunction(graph, chosen, readers, how)
@@ -294,21 +301,21 @@ def _group(name: str, known: dict[str, Group], graph: Graph) -> Group:
 
 
 def _readers(graph: Graph, group: Group) -> dict[int, _Reader]:
-    """The products that sum over units of a group, by number of the operation."""
-    order = np.full(len(graph.units.why), -1)
+    """The products that sum over units of a group, by number of their result."""
+    order = np.full(len(graph.solution.reason), -1)
     order[group.units] = np.arange(group.size)
     leaves = set(graph.program.inputs[: len(graph.paths)])
     made = _made_of_leaves(graph, leaves)
     found = {}
-    for place, operation in enumerate(graph.program.operations):
-        if operation.primitive.name not in _PRODUCTS:
+    for operation in graph.program.operations:
+        if not is_product(operation.name) or "dimension_numbers" not in operation.params:
             continue
         sides = [i for i in (0, 1) if operation.ins[i] not in made]
         for side in sides:
             if len(sides) == 1:
                 reader = _reader(graph, operation, side, order)
                 if reader is not None:
-                    found[place] = reader
+                    found[operation.outs[0]] = reader
     return found
 
 
@@ -325,7 +332,7 @@ def _reader(graph: Graph, operation: Operation, side: int, order: np.ndarray) ->
     axes = graph.axes[operation.ins[side]]
     x, other = (graph.program.avals[operation.ins[i]].shape for i in (side, 1 - side))
     out = graph.program.avals[operation.outs[0]].shape
-    if operation.primitive.name == "conv_general_dilated":
+    if operation.name == "conv_general_dilated":
         numbers = operation.params["dimension_numbers"]
         # channels that a grouped convolution hands on are gated where they are summed
         if side != 0 or operation.params["feature_group_count"] != 1:
@@ -341,7 +348,7 @@ def _reader(graph: Graph, operation: Operation, side: int, order: np.ndarray) ->
         if axis == batch:
             continue
         # heads times dims are two units at one place: the group's is meant
-        place, unit = graph.units.factors(graph.units.label[axes.ids[axis]])
+        place, unit = graph.solution.factors(graph.solution.label[axes.ids[axis]])
         mine = np.full(len(axes.ids[axis]), -1)
         own = order[unit] >= 0
         mine[place[own]] = order[unit[own]]

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.graph._units import FROZEN, Facts
+from jaxprune.graph._constraints import FROZEN, Constraints, may_shrink
 
 
 @dataclass(frozen=True)
-class Axes:
+class AxisInfo:
     """What is known of a value, axis by axis.
 
     Attributes:
@@ -34,29 +34,49 @@ class Axes:
         return tuple(len(x) for x in self.ids)
 
 
-def frozen_axes(shape: tuple[int, ...]) -> Axes:
+def frozen_axes(shape: tuple[int, ...]) -> AxisInfo:
     """A value of which nothing shrinks."""
-    return Axes(tuple(np.full(n, FROZEN) for n in shape), tuple(np.zeros(n, bool) for n in shape))
+    return AxisInfo(
+        tuple(np.full(n, FROZEN) for n in shape), tuple(np.zeros(n, bool) for n in shape)
+    )
 
 
-def fresh_axes(facts: Facts, shape: tuple[int, ...], *, zero: bool) -> Axes:
+def input_axes(constraints: Constraints, shape: tuple[int, ...], name: str) -> AxisInfo:
+    """An input, of which nothing shrinks."""
+    ids = [
+        constraints.of_input(n, f"tied to axis {axis} of input {name}")
+        if n > 1
+        else np.full(n, FROZEN)
+        for axis, n in enumerate(shape)
+    ]
+    return AxisInfo(tuple(ids), tuple(np.zeros(n, bool) for n in shape))
+
+
+def fresh_axes(constraints: Constraints, shape: tuple[int, ...], *, zero: bool) -> AxisInfo:
     """A value whose indices are tied to nothing yet; axes of one entry never shrink."""
-    ids = tuple(facts.fresh(n) if n > 1 else np.full(n, FROZEN) for n in shape)
-    return Axes(ids, tuple(np.full(n, zero) for n in shape))
+    ids = tuple(constraints.fresh(n) if n > 1 else np.full(n, FROZEN) for n in shape)
+    return AxisInfo(ids, tuple(np.full(n, zero) for n in shape))
 
 
 def no_rule(
-    facts: Facts, params: Any, source: str, ins: list[Axes], outs: list[tuple[int, ...]], name: str
-) -> list[Axes]:
+    constraints: Constraints,
+    params: Any,
+    source: str,
+    ins: list[AxisInfo],
+    outs: list[tuple[int, ...]],
+    name: str,
+) -> list[AxisInfo]:
     """Freezes all that the operation touches."""
     for value in ins:
         for ids in value.ids:
-            facts.freeze(ids, f"no rule for {name} at {source}")
+            constraints.freeze(ids, f"no rule for {name} at {source}")
     return [frozen_axes(shape) for shape in outs]
 
 
-Rule = Callable[[Facts, dict[str, Any], str, list[Axes], list[tuple[int, ...]]], list[Axes]]
-"""`(facts, params, source, operands, shapes of the results) -> results`."""
+Rule = Callable[
+    [Constraints, dict[str, Any], str, list[AxisInfo], list[tuple[int, ...]]], list[AxisInfo]
+]
+"""`(constraints, params, source, operands, shapes of the results) -> results`."""
 
 
 def plainest(candidates: Iterable[np.ndarray]) -> np.ndarray:
@@ -66,24 +86,26 @@ def plainest(candidates: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _variety(ids: np.ndarray) -> int:
-    return len(np.unique(ids)) if ids.any() else -1
+    return len(np.unique(ids)) if may_shrink(ids) else -1
 
 
-def joined(facts: Facts, ins: list[Axes], axes: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def joined(
+    constraints: Constraints, ins: list[AxisInfo], axes: Any
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Ids and zeros of some axes along which operands go side by side."""
     ids, zero = [], []
     for axis in axes:
         chosen = plainest(x.ids[axis] for x in ins)
         for x in ins:
-            facts.equate(chosen, x.ids[axis])
+            constraints.equate(chosen, x.ids[axis])
         ids.append(chosen)
         zero.append(np.logical_and.reduce([x.zero[axis] | x.is_zero for x in ins]))
     return ids, zero
 
 
 def passed_or_frozen(
-    facts: Facts, x: Axes, shape: tuple[int, ...], passes: list[bool], reason: str
-) -> Axes:
+    constraints: Constraints, x: AxisInfo, shape: tuple[int, ...], passes: list[bool], reason: str
+) -> AxisInfo:
     """A result of `shape` whose axes are those of `x` where they pass; the others freeze."""
     ids, zero = [], []
     for axis, n in enumerate(shape):
@@ -91,7 +113,7 @@ def passed_or_frozen(
             ids.append(x.ids[axis])
             zero.append(x.zero[axis])
         else:
-            facts.freeze(x.ids[axis], reason)
+            constraints.freeze(x.ids[axis], reason)
             ids.append(np.full(n, FROZEN))
             zero.append(np.zeros(n, bool))
-    return Axes(tuple(ids), tuple(zero))
+    return AxisInfo(tuple(ids), tuple(zero))

@@ -6,42 +6,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from jaxprune.graph._axes import Axes
-from jaxprune.graph._elementwise import UNARY
-from jaxprune.graph._nested import inside
-from jaxprune.program import Operation, Program, split_scan
-
-_FREE = frozenset(
-    [
-        "reshape",
-        "transpose",
-        "broadcast_in_dim",
-        "squeeze",
-        "expand_dims",
-        "slice",
-        "concatenate",
-        "pad",
-        "convert_element_type",
-        "copy",
-        "stop_gradient",
-        "iota",
-        "gather",
-        "rev",
-        "split",
-        "select_n",
-        "dynamic_slice",
-        "optimization_barrier",
-        "scatter",
-        "stack",
-        "unstack",
-        "tile",
-        "random_bits",
-        "dynamic_update_slice",
-        "name",
-        "sharding_constraint",
-    ]
-)
-_COSTLY = UNARY - _FREE - {"abs", "neg", "square", "integer_pow", "sign", "floor", "ceil", "not"}
+from jaxprune.graph._axes import AxisInfo
+from jaxprune.graph._nested import nested_rule
+from jaxprune.program import Kind, Operation, Program, is_product, primitive, split_scan
 
 
 @dataclass(frozen=True)
@@ -81,8 +48,7 @@ class Cost:
     @property
     def macs(self) -> float:
         """Multiply-adds of matrix products and convolutions."""
-        names = ("dot_general", "conv_general_dilated")
-        return sum(operation.flops for operation in self.operations if operation.name in names) / 2
+        return sum(x.flops for x in self.operations if is_product(x.name)) / 2
 
     @property
     def activation_bytes(self) -> int:
@@ -103,97 +69,84 @@ class Cost:
 
 
 def cost_of(
-    program: Program,
-    axes: tuple[Axes, ...],
-    n_params: int,
-    removed: np.ndarray | None,
-    bodies: dict[tuple[int, ...], Any],
+    program: Program, axes: tuple[AxisInfo, ...], n_params: int, removed: np.ndarray | None
 ) -> Cost:
     """The cost of a program, at full size or without the removed ids."""
-    operations = _costs(program, axes, removed, bodies, ())
+    operations = _costs(program, axes, removed)
     own = [_bytes(program, axes, removed, i) for i in program.inputs[:n_params]]
     return Cost(tuple(operations), sum(own))
 
 
-def _shape(
-    program: Program, axes: tuple[Axes, ...], removed: np.ndarray | None, number: int
-) -> tuple[int, ...]:
-    full = tuple(program.avals[number].shape)
+def _shape(axes: tuple[AxisInfo, ...], removed: np.ndarray | None, number: int) -> tuple[int, ...]:
     if removed is None:
-        return full
-    return tuple(n - int(removed[ids].sum()) for n, ids in zip(full, axes[number].ids, strict=True))
+        return axes[number].shape
+    return tuple(len(ids) - int(removed[ids].sum()) for ids in axes[number].ids)
 
 
 def _bytes(
-    program: Program, axes: tuple[Axes, ...], removed: np.ndarray | None, number: int
+    program: Program, axes: tuple[AxisInfo, ...], removed: np.ndarray | None, number: int
 ) -> int:
-    dtype = program.avals[number].dtype
-    return _product(_shape(program, axes, removed, number)) * dtype.itemsize
+    return _product(_shape(axes, removed, number)) * program.avals[number].dtype.itemsize
 
 
 def _costs(
-    program: Program,
-    axes: tuple[Axes, ...],
-    removed: np.ndarray | None,
-    bodies: dict[tuple[int, ...], Any],
-    around: tuple[int, ...],
+    program: Program, axes: tuple[AxisInfo, ...], removed: np.ndarray | None
 ) -> list[OperationCost]:
-    """Per operation; those in the body of a scan count once per turn."""
+    """Per operation; those in the body of a scan count once per iteration."""
     found = []
     for op in program.operations:
-        place = (*around, *op.outs[:1])
-        if inside(place, 0) in bodies:
-            found += _nested_costs(program, axes, op, removed, bodies, place)
+        if nested_rule(op) is not None:
+            found += _nested_costs(axes, op, removed)
             continue
-        ins, outs = (
-            [_shape(program, axes, removed, i) for i in group] for group in (op.ins, op.outs)
-        )
+        ins, outs = ([_shape(axes, removed, i) for i in group] for group in (op.ins, op.outs))
         size = sum(_bytes(program, axes, removed, i) for i in op.outs)
-        found.append(OperationCost(op.primitive.name, _flops(op, ins, outs), size, op.source))
+        found.append(OperationCost(op.name, _flops(op, ins, outs), size, op.source))
     return found
 
 
 def _nested_costs(
-    program: Program,
-    axes: tuple[Axes, ...],
-    op: Operation,
-    removed: np.ndarray | None,
-    bodies: dict[tuple[int, ...], Any],
-    place: tuple[int, ...],
+    axes: tuple[AxisInfo, ...], op: Operation, removed: np.ndarray | None
 ) -> list[OperationCost]:
-    """Inner programs: every turn of a scan, one of a while loop, the costliest of branches."""
-    name, turns = op.primitive.name, 1
-    inners, which = [], 0
-    while (at := inside(place, which)) in bodies:
-        inner = bodies[at]
-        inners.append(_costs(inner.program, inner.axes, removed, bodies, at))
-        which += 1
-    if name == "scan":
+    """Inner programs: every iteration of a scan, one of a while loop, the costliest of branches."""
+    inners = [_costs(inner, axes, removed) for inner in op.inner]
+    steps = 1
+    if op.name == "scan":
         scanned = op.ins[sum(split_scan(op.params)) :]
-        turns = _shape(program, axes, removed, scanned[0])[0] if scanned else op.params["length"]
-    if name == "cond":
+        steps = _shape(axes, removed, scanned[0])[0] if scanned else op.params["length"]
+    if op.name == "cond":
         inners = [max(inners, key=lambda costs: sum(cost.flops for cost in costs))]
     return [
-        OperationCost(cost.name, turns * cost.flops, turns * cost.bytes_out, cost.source)
+        OperationCost(cost.name, steps * cost.flops, steps * cost.bytes_out, cost.source)
         for costs in inners
         for cost in costs
     ]
 
 
 def _flops(op: Operation, ins: list[tuple[int, ...]], outs: list[tuple[int, ...]]) -> float:
-    name = op.primitive.name
-    if name == "dot_general":
-        (contracted, _), _ = op.params["dimension_numbers"]
-        return 2.0 * _product(outs[0]) * _product([ins[0][i] for i in contracted])
-    if name == "conv_general_dilated":
-        return _convolution(op.params, ins, outs[0])
-    if name in _FREE or name in _COSTLY:
+    known, params = primitive(op.name), op.params
+    if known.kind is Kind.PRODUCT:
+        if op.name == "conv_general_dilated":
+            return _convolution(params, ins, outs[0])
+        return _matrix_product(params, ins)
+    if known.is_free or known.is_transcendental:
         return 0.0
-    if name.startswith(("reduce_", "arg", "cum")) and "window" not in name:
+    if known.kind in (Kind.REDUCTION, Kind.CUMULATIVE):
         return float(_product(ins[0]))
-    if name.startswith("reduce_window"):
-        return float(_product(outs[0]) * _product(op.params["window_dimensions"]))
+    if known.kind is Kind.WINDOW and "window_dimensions" in params:
+        return float(_product(outs[0]) * _product(params["window_dimensions"]))
     return float(_product(outs[0])) if outs else 0.0
+
+
+def _matrix_product(params: dict[str, Any], ins: list[tuple[int, ...]]) -> float:
+    """Two per multiply-add: each entry of the left operand meets the free axes of the right one.
+
+    In a ragged product it meets one matrix of the right operand, not every one.
+    """
+    ragged = params.get("ragged_dot_dimension_numbers")
+    numbers = ragged.dot_dimension_numbers if ragged else params["dimension_numbers"]
+    (_, contracted), (_, batch) = numbers
+    used = {*contracted, *batch, *(ragged.rhs_group_dimensions if ragged else ())}
+    return 2.0 * _product(ins[0]) * _product([n for i, n in enumerate(ins[1]) if i not in used])
 
 
 def _product(sizes: Any) -> int:

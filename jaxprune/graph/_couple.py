@@ -1,13 +1,13 @@
 """The table of rules: how the ids of an operation's results follow from those of its operands.
 
-A rule gets the operation's parameters and the `Axes` of its operands, states facts, and returns the
-`Axes` of its results. `zero` says of each index that the value there is exactly zero once its unit is
-masked: the condition under which a sum does not notice the unit's removal. A primitive without a rule
-freezes what it touches.
+A rule gets the operation's parameters and the `AxisInfo` of its operands, states constraints, and
+returns the `AxisInfo` of its results. `zero` says of each index that the value there is exactly zero
+once its unit is masked: the condition under which a sum does not notice the unit's removal. A primitive
+without a rule freezes what it touches.
 """
 
 from jaxprune.graph._axes import Rule
-from jaxprune.graph._elementwise import BINARY, UNARY, elementwise
+from jaxprune.graph._elementwise import elementwise
 from jaxprune.graph._indexing import (
     dynamic_slice_rule,
     dynamic_update_rule,
@@ -40,25 +40,15 @@ from jaxprune.graph._shapes import (
     transpose_rule,
     unstack_rule,
 )
+from jaxprune.program import PRIMITIVES, Kind
 
 RULES: dict[str, Rule] = {
-    **{name: elementwise(name) for name in UNARY | BINARY},
     **{
-        name: reduce_rule(name)
-        for name in (
-            [
-                "reduce_sum",
-                "reduce_max",
-                "reduce_min",
-                "reduce_prod",
-                "reduce_and",
-                "reduce_or",
-                "argmax",
-                "argmin",
-                "reduce_xor",
-            ]
-        )
+        name: elementwise(name)
+        for name, known in PRIMITIVES.items()
+        if known.kind in (Kind.IDENTITY, Kind.CAST, Kind.ELEMENTWISE, Kind.COLLECTIVE)
     },
+    **{name: reduce_rule(name) for name, x in PRIMITIVES.items() if x.kind is Kind.REDUCTION},
     "broadcast_in_dim": broadcast_rule,
     "transpose": transpose_rule,
     "squeeze": squeeze_rule,
@@ -76,26 +66,11 @@ RULES: dict[str, Rule] = {
     "select_and_scatter_add": window_rule,
     "select_and_gather_add": window_rule,
     "gather": gather_rule,
-    **{
-        f"scatter{kind}": scatter_rule(f"scatter{kind}")
-        for kind in (
-            "",
-            "-add",
-            "_add",
-            "-mul",
-            "_mul",
-            "-min",
-            "_min",
-            "-max",
-            "_max",
-            "-sub",
-            "_sub",
-        )
-    },
+    **{name: scatter_rule(name) for name, x in PRIMITIVES.items() if x.kind is Kind.UPDATE},
     "fft": fft_rule,
     "top_k": top_k_rule,
     "approx_top_k": top_k_rule,
-    **dict.fromkeys(("iota", "random_bits", "rng_uniform", "empty2"), generated_rule),
+    **{name: generated_rule for name, x in PRIMITIVES.items() if x.kind is Kind.GENERATED},
     **{
         name: leading_rule(name, last)
         for name, last in {
@@ -117,10 +92,8 @@ RULES: dict[str, Rule] = {
     "tile": tile_rule,
     "dynamic_slice": dynamic_slice_rule,
     "dynamic_update_slice": dynamic_update_rule,
-    **{
-        name: along_rule(name)
-        for name in ("sort", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
-    },
+    "sort": along_rule("sort"),
+    **{name: along_rule(name) for name, x in PRIMITIVES.items() if x.kind is Kind.CUMULATIVE},
     "rev": reverse_rule,
     "bitcast_convert_type": bitcast_rule,
 }

@@ -5,116 +5,105 @@ sizes have a rule here.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph._axes import Axes
-from jaxprune.graph._nested import Inner, inside
-from jaxprune.graph._vanish import Work, all_work
-from jaxprune.program import RUN, Operation, Program, run_operation
+from jaxprune.graph._axes import AxisInfo
+from jaxprune.graph._nested import nested_rule
+from jaxprune.graph._zeros import Work
+from jaxprune.program import Executor, HookResult, Operation, Program, Step, run_operation
 
 Kept = tuple[np.ndarray, ...]  # per axis the indices that are left
 
 
 class Plan(NamedTuple):
-    """A program and what is left of its values.
+    """A program and what is left of its values, those of inner programs included.
 
     Attributes:
-      program: the full-size program.
-      work: which of its operations run.
+      program: the operations that run, on the values that their operands stand for.
+      zero: values that are zero throughout.
       kept: per value and axis the indices that are left.
-      bodies: programs within operations, and what is left of their values, by place.
+      full: per value its full shape, with numbers in place of symbolic sizes.
     """
 
     program: Program
-    work: Work
+    zero: frozenset[int]
     kept: list[Kept]
-    bodies: dict[tuple[int, ...], tuple[Program, list[Kept]]]
+    full: list[tuple[int, ...]]
+
+    def shape(self, number: int) -> tuple[Any, ...]:
+        """The shape that is left of a value; symbolic sizes stay, whole or in proportion."""
+        sizes = zip(
+            self.program.avals[number].shape, self.full[number], self.kept[number], strict=False
+        )
+        return tuple(
+            n if len(index) == full else len(index) if n == full else n * len(index) // full
+            for n, full, index in sizes
+        )
+
+    def is_whole(self, number: int) -> bool:
+        """Whether nothing of a value is removed."""
+        pairs = zip(self.kept[number], self.full[number], strict=True)
+        return all(len(index) == n for index, n in pairs)
 
 
-def plan_of(
-    program: Program,
-    axes: tuple[Axes, ...],
-    bodies: dict[tuple[int, ...], Inner],
-    removed: np.ndarray,
-    work: Work | None = None,
-) -> Plan:
+def plan_of(program: Program, axes: tuple[AxisInfo, ...], removed: np.ndarray, work: Work) -> Plan:
     """How to run a program without the removed ids."""
-    kept = lambda values: [tuple(np.flatnonzero(~removed[i]) for i in x.ids) for x in values]
-    inner = {place: (body.program, kept(body.axes)) for place, body in bodies.items()}
-    return Plan(program, work or all_work(program), kept(axes), inner)
+    kept = [tuple(np.flatnonzero(~removed[i]) for i in x.ids) for x in axes]
+    stands_for = lambda numbers: tuple(work.same.get(i, i) for i in numbers)
+    operations = [replace(op, ins=stands_for(op.ins)) for op in work.operations]
+    outputs = list(stands_for(program.outputs))
+    read = work.zero.intersection({*outputs, *(i for op in operations for i in op.ins)})
+    left = replace(
+        program,
+        operations=operations,
+        outputs=outputs,
+        constants={**program.constants, **dict.fromkeys(read)},
+    )
+    return Plan(left, work.zero, kept, [x.shape for x in axes])
 
 
 def evaluate(plan: Plan, inputs: list[Any]) -> list[Any]:
     """The program's outputs, from arguments of which the parameters have their small size."""
-    return _evaluate(plan.program, plan.work, plan.kept, plan.bodies, (), inputs)
+
+    def constant(number: int, value: Any) -> Any:
+        if number in plan.zero:
+            return jnp.zeros(plan.shape(number), plan.program.avals[number].dtype)
+        return _cut(value, plan.kept[number])
+
+    run = Executor(partial(_smaller, plan), enters=lambda operation: True, constant=constant)
+    return run.run(plan.program, inputs)[0]
 
 
-def _evaluate(
-    program: Program,
-    work: Work,
-    kept: list[Kept],
-    bodies: dict[tuple[int, ...], tuple[Program, list[Kept]]],
-    around: tuple[int, ...],
-    inputs: list[Any],
-) -> list[Any]:
-    values: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True))
-
-    def read(number: int) -> Any:
-        number = work.same.get(number, number)
-        if number in work.zero:
-            return jnp.zeros(_sizes(kept[number]), program.avals[number].dtype)
-        if number not in values:
-            values[number] = _cut(program.constants[number], kept[number])
-        return values[number]
-
-    for operation in work.operations:
-        operands = [read(i) for i in operation.ins]
-        place = (*around, *operation.outs[:1])
-        run = RUN.get(operation.primitive.name)
-        if run is not None and inside(place, 0) in bodies:
-            outs = run(operation.params, _turns(bodies, place), operands)
-        elif inside(place, 0) in bodies:
-            outs = _at_full_size(program, operation, kept, operands)
-        else:
-            outs = _apply(program, operation, kept, operands)
-        values.update(zip(operation.outs, outs, strict=True))
-    return [read(i) for i in program.outputs]
+def _smaller(plan: Plan, step: Step) -> HookResult:
+    """An operation on what is left of its operands; inner programs are entered, but for functions with
+    gradients of their own.
+    """
+    operation = step.operation
+    if operation.name == "custom_vjp_call":
+        return HookResult(_at_full_size(plan, operation, step.operands))
+    if operation.inner and nested_rule(operation) is not None:
+        return HookResult()
+    return HookResult(_apply(plan, operation, step.operands))
 
 
-def _turns(
-    bodies: dict[tuple[int, ...], tuple[Program, list[Kept]]], place: tuple[int, ...]
-) -> list[Callable[..., list[Any]]]:
-    """The inner programs of an operation as functions."""
-    found: list[Callable[..., list[Any]]] = []
-    while (at := inside(place, len(found))) in bodies:
-        program, kept = bodies[at]
-        found.append(
-            lambda *xs, program=program, kept=kept, at=at: _evaluate(
-                program, all_work(program), kept, bodies, at, list(xs)
-            )
-        )
-    return found
-
-
-def _at_full_size(
-    program: Program, operation: Operation, kept: list[Kept], operands: list[Any]
-) -> list[Any]:
+def _at_full_size(plan: Plan, operation: Operation, operands: list[Any]) -> list[Any]:
     """Operands spread to their full size, zeros between, and the results cut."""
-    full = [
-        _spread(x, kept[i], program.avals[i]) for x, i in zip(operands, operation.ins, strict=True)
-    ]
+    full = [_spread(x, plan, i) for x, i in zip(operands, operation.ins, strict=True)]
     outs = run_operation(operation, full)
-    return [_cut(x, kept[i]) for x, i in zip(outs, operation.outs, strict=True)]
+    return [_cut(x, plan.kept[i]) for x, i in zip(outs, operation.outs, strict=True)]
 
 
-def _spread(x: Any, kept: Kept, aval: Any) -> Any:
-    if np.shape(x) == aval.shape:
+def _spread(x: Any, plan: Plan, number: int) -> Any:
+    if plan.is_whole(number):
         return x
-    return jnp.zeros(aval.shape, aval.dtype).at[np.ix_(*kept)].set(x)
+    aval = plan.program.avals[number]
+    return jnp.zeros(aval.shape, aval.dtype).at[np.ix_(*plan.kept[number])].set(x)
 
 
 def _cut(value: Any, kept: Kept) -> Any:
@@ -124,63 +113,87 @@ def _cut(value: Any, kept: Kept) -> Any:
     return value
 
 
-def _apply(
-    program: Program, operation: Operation, kept: list[Kept], operands: list[Any]
-) -> list[Any]:
-    avals = [program.avals[i] for i in operation.outs]
-    after = [kept[i] for i in operation.outs]
-    if avals and all(0 in _sizes(k) for k in after) and not operation.effects:
-        return [jnp.zeros(_sizes(k), a.dtype) for k, a in zip(after, avals, strict=True)]
-    before = [kept[i] for i in operation.ins]
-    shrunk = lambda numbers, keeps: any(
-        _sizes(k) != tuple(program.avals[i].shape) for i, k in zip(numbers, keeps, strict=True)
+def _apply(plan: Plan, operation: Operation, operands: list[Any]) -> list[Any]:
+    numbers, shapes = operation.outs, [plan.shape(i) for i in operation.outs]
+    if numbers and all(0 in shape for shape in shapes) and not operation.effects:
+        dtypes = [plan.program.avals[i].dtype for i in numbers]
+        return [jnp.zeros(*item) for item in zip(shapes, dtypes, strict=True)]
+    less_in, less_out = (
+        not all(plan.is_whole(i) for i in group) for group in (operation.ins, numbers)
     )
-    less_in, less_out = shrunk(operation.ins, before), shrunk(operation.outs, after)
-    rule = RULES.get(operation.primitive.name)
+    rule = RULES.get(operation.name)
     if rule is not None and (less_in or less_out):
-        result = rule(operation.params, before, after, operands, operation.primitive)
+        result = rule(Sides(plan, operation), operands)
         return result if isinstance(result, list) else [result]
     outs = run_operation(operation, operands)
     # what is made from nothing, such as random bits, is made whole and cut
     return (
-        [_cut(x, k) for x, k in zip(outs, after, strict=True)] if less_out and not less_in else outs
+        [_cut(x, plan.kept[i]) for x, i in zip(outs, numbers, strict=True)]
+        if less_out and not less_in
+        else outs
     )
 
 
-def _sizes(kept: Kept) -> tuple[int, ...]:
-    return tuple(len(index) for index in kept)
+class Sides(NamedTuple):
+    """An operation, and what is left on both sides of it."""
+
+    plan: Plan
+    operation: Operation
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters of the operation at full size."""
+        return self.operation.params
+
+    @property
+    def before(self) -> Kept:
+        """Per axis of the first operand the indices that are left."""
+        return self.plan.kept[self.operation.ins[0]]
+
+    @property
+    def after(self) -> Kept:
+        """Likewise of the first result."""
+        return self.plan.kept[self.operation.outs[0]]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """The shape of the first result."""
+        return self.plan.shape(self.operation.outs[0])
+
+    def is_cut(self, axis: int) -> bool:
+        """Whether the first operand lost indices of an axis."""
+        return len(self.before[axis]) < self.plan.full[self.operation.ins[0]][axis]
+
+    def bind(self, operands: list[Any], **changes: Any) -> Any:
+        """The operation with some other parameters."""
+        return self.operation.primitive.bind(*operands, **{**self.params, **changes})
 
 
-def _with(params: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {**params, **changes}
+def _broadcast(sides: Sides, operands: list[Any]) -> Any:
+    return jax.lax.broadcast_in_dim(operands[0], sides.shape, sides.params["broadcast_dimensions"])
 
 
-def _broadcast(params: Any, before: Any, after: Any, operands: Any, primitive: Any) -> Any:
-    return jax.lax.broadcast_in_dim(operands[0], _sizes(after[0]), params["broadcast_dimensions"])
+def _reshape(sides: Sides, operands: list[Any]) -> Any:
+    return jnp.reshape(operands[0], sides.shape)
 
 
-def _reshape(params: Any, before: Any, after: Any, operands: Any, primitive: Any) -> Any:
-    return jnp.reshape(operands[0], _sizes(after[0]))
+def _iota(sides: Sides, operands: list[Any]) -> Any:
+    axis = sides.params["dimension"]
+    index = jnp.asarray(sides.after[axis], sides.params["dtype"])
+    return jax.lax.broadcast_in_dim(index, sides.shape, (axis,))
 
 
-def _iota(params: Any, before: Any, after: Any, operands: Any, primitive: Any) -> Any:
-    index = jnp.asarray(after[0][params["dimension"]], params["dtype"])
-    return jax.lax.broadcast_in_dim(index, _sizes(after[0]), (params["dimension"],))
-
-
-def _slice(params: Any, before: Any, after: Any, operands: Any, primitive: Any) -> Any:
+def _slice(sides: Sides, operands: list[Any]) -> Any:
+    params, x = sides.params, operands[0]
     strides = params["strides"] or (1,) * len(params["start_indices"])
-    x = operands[0]
-    for axis, (start, limit, stride) in enumerate(
-        zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    ):
-        index = before[0][axis]
-        inside = np.flatnonzero(
-            (index >= start) & (index < limit) & ((index - start) % stride == 0)
-        )
-        if len(inside) < len(index):
-            x = _along(x, inside, axis)
-    return x
+    cuts = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
+    for axis, (start, limit, stride) in enumerate(cuts):
+        if sides.is_cut(axis):
+            index = sides.before[axis]
+            inside = (index >= start) & (index < limit) & ((index - start) % stride == 0)
+            x = x if inside.all() else _along(x, np.flatnonzero(inside), axis)
+            cuts[axis] = (0, x.shape[axis], 1)
+    return jax.lax.slice(x, *zip(*cuts, strict=True))
 
 
 def _along(x: Any, index: np.ndarray, axis: int) -> Any:
@@ -190,31 +203,34 @@ def _along(x: Any, index: np.ndarray, axis: int) -> Any:
     return jnp.take(x, index, axis=axis)
 
 
-def _split(params: Any, before: Any, after: Any, operands: Any, primitive: Any) -> Any:
-    axis = params["axis"]
-    return primitive.bind(operands[0], **_with(params, sizes=tuple(len(a[axis]) for a in after)))
+def _split(sides: Sides, operands: list[Any]) -> Any:
+    plan, axis = sides.plan, sides.params["axis"]
+    return sides.bind(operands, sizes=tuple(plan.shape(i)[axis] for i in sides.operation.outs))
 
 
-def _conv(params: Any, before: Any, after: Any, operands: Any, primitive: Any) -> Any:
-    spec, groups = params["dimension_numbers"], params["feature_group_count"]
+def _conv(sides: Sides, operands: list[Any]) -> Any:
+    spec, groups = sides.params["dimension_numbers"], sides.params["feature_group_count"]
     lhs, rhs = operands
     if 0 in np.shape(lhs) or 0 in np.shape(rhs):
-        return jnp.zeros(_sizes(after[0]), params["preferred_element_type"] or lhs.dtype)
+        return jnp.zeros(sides.shape, sides.params["preferred_element_type"] or lhs.dtype)
     if groups > 1:
         groups = lhs.shape[spec.lhs_spec[1]] // rhs.shape[spec.rhs_spec[1]]
-    return primitive.bind(*operands, **_with(params, feature_group_count=groups))
+    return sides.bind(operands, feature_group_count=groups)
 
 
-def _gather(params: Any, before: Any, after: Any, operands: Any, primitive: Any) -> Any:
+def _gather(sides: Sides, operands: list[Any]) -> Any:
+    full = sides.plan.full[sides.operation.ins[0]]
     sizes = tuple(
-        len(index) if size == params["slice_sizes"][axis] and len(index) < size else size
-        for axis, (index, size) in enumerate(zip(before[0], params["slice_sizes"], strict=True))
+        len(index) if sides.is_cut(axis) and size == full[axis] else size
+        for axis, (index, size) in enumerate(
+            zip(sides.before, sides.params["slice_sizes"], strict=True)
+        )
     )
-    return primitive.bind(*operands, **_with(params, slice_sizes=sizes))
+    return sides.bind(operands, slice_sizes=sizes)
 
 
-def _dynamic_slice(params: Any, before: Any, after: Any, operands: Any, primitive: Any) -> Any:
-    return primitive.bind(*operands, **_with(params, slice_sizes=_sizes(after[0])))
+def _dynamic_slice(sides: Sides, operands: list[Any]) -> Any:
+    return sides.bind(operands, slice_sizes=sides.shape)
 
 
 RULES: dict[str, Callable[..., Any]] = {

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxprune.graph._axes import Axes
-from jaxprune.graph._units import Units
+from jaxprune.graph._axes import AxisInfo
+from jaxprune.graph._constraints import Solution
 
 Member = tuple[str, int]
 
@@ -20,7 +20,7 @@ class Group:
       size: number of units.
       members: every `(path, axis)` that shrinks with them.
       units: numbers of the units.
-      kind: `"units"`, or `"layers"` where each is one turn of a scan over stacked layers.
+      kind: `"units"`, or `"layers"` where each is one iteration of a scan over stacked layers.
     """
 
     name: str
@@ -31,41 +31,41 @@ class Group:
 
 
 def groups_of(
-    paths: tuple[str, ...], own: list[Axes], units: Units, turns: frozenset[int]
+    paths: tuple[str, ...], own: list[AxisInfo], solution: Solution, iterations: frozenset[int]
 ) -> tuple[Group, ...]:
     """The units that can shrink, gathered by the axes that they live on.
 
     Args:
       paths: path of each parameter.
       own: its axes.
-      units: the solved facts.
-      turns: units that are turns of scans.
+      solution: of the constraints.
+      iterations: units that are iterations of scans.
     """
     members: list[Member] = []
     pairs = [np.zeros((2, 0), np.int64)]
     for path, axes in zip(paths, own, strict=True):
         for axis, ids in enumerate(axes.ids):
-            parts = np.unique(units.label[ids])
-            found = np.unique(units.factors(parts[units.why[parts] < 0])[1])
-            found = found[units.why[found] < 0]
+            parts = np.unique(solution.label[ids])
+            found = np.unique(solution.factors(parts[solution.reason[parts] < 0])[1])
+            found = found[solution.reason[found] < 0]
             pairs.append(np.stack([found, np.full(len(found), len(members))]))
             members.append((path, axis))
     unit, member = np.concatenate(pairs, axis=1)
     # units with the same set of members have the same sum of random numbers
     marks = np.random.default_rng(0).integers(0, 2**63, (len(members), 2), np.uint64)
-    sums = np.zeros((len(units.why), 2), np.uint64)
+    sums = np.zeros((len(solution.reason), 2), np.uint64)
     np.add.at(sums, unit, marks[member])
-    first = np.full(len(units.why), len(members))
+    first = np.full(len(solution.reason), len(members))
     np.minimum.at(first, unit, member)
     seen = np.flatnonzero(first < len(members))
     seen = seen[np.argsort(first[seen], kind="stable")]
     _, representative, kind = np.unique(sums[seen], axis=0, return_index=True, return_inverse=True)
     kind = kind.reshape(-1)
     by_unit = np.argsort(unit, kind="stable")
-    start = np.searchsorted(unit[by_unit], np.arange(len(units.why) + 1))
+    start = np.searchsorted(unit[by_unit], np.arange(len(solution.reason) + 1))
     # rows and columns of one product live on the same axes: heads and head dimensions
-    column = np.zeros(len(units.why), bool)
-    column[units.column[units.column >= 0]] = True
+    column = np.zeros(len(solution.reason), bool)
+    column[solution.column[solution.column >= 0]] = True
     rank = {path: len(axes.ids) for path, axes in zip(paths, own, strict=True)}
     groups = []
     for which in np.argsort(representative):
@@ -74,7 +74,7 @@ def groups_of(
         for side in (False, True):
             part = mine[column[mine] == side]
             if len(part):
-                layers = turns.issuperset(part.tolist())
+                layers = iterations.issuperset(part.tolist())
                 what = "layers" if layers else "units"
                 groups.append(Group(_name(entry, rank), len(part), entry, part, what))
     return _named_apart(groups, column)
@@ -104,17 +104,17 @@ def _name(members: tuple[Member, ...], rank: dict[str, int]) -> str:
 
 
 def frozen_of(
-    paths: tuple[str, ...], own: list[Axes], units: Units
+    paths: tuple[str, ...], own: list[AxisInfo], solution: Solution
 ) -> tuple[tuple[Member, str], ...]:
     """The axes that cannot shrink, or not all of them, each with a reason."""
     found = []
     for path, axes in zip(paths, own, strict=True):
         for axis, ids in enumerate(axes.ids):
-            why = units.why[units.label[ids]]
-            stuck = why[why >= 0]
+            reasons = solution.reason[solution.label[ids]]
+            stuck = reasons[reasons >= 0]
             if not len(stuck):
                 continue
-            reason = units.reasons[stuck[0]] if len(ids) > 1 else "it has one entry"
+            reason = solution.reasons[stuck[0]] if len(ids) > 1 else "it has one entry"
             if len(stuck) < len(ids):
                 reason = f"{len(stuck)} of its {len(ids)} indices: {reason}"
             found.append(((path, axis), reason))

@@ -4,11 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.graph._axes import Axes, Rule, joined, passed_or_frozen
-from jaxprune.graph._units import FROZEN, Facts
+from jaxprune.graph._axes import AxisInfo, Rule, joined, passed_or_frozen
+from jaxprune.graph._constraints import FROZEN, Constraints
 
 
-def gather_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def gather_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     x, index = ins
     spec, sizes = params["dimension_numbers"], params["slice_sizes"]
     batch = tuple(getattr(spec, "operand_batching_dims", ()))
@@ -22,7 +24,7 @@ def gather_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> 
         ids[to] = index.ids[axis]
         if axis in index_batch:
             mine = batch[index_batch.index(axis)]
-            facts.equate(x.ids[mine], index.ids[axis])
+            constraints.equate(x.ids[mine], index.ids[axis])
             zero[to] = x.zero[mine]
     for axis in range(len(x.ids)):
         whole = sizes[axis] == x.shape[axis] and axis in kept and axis not in spec.start_index_map
@@ -30,15 +32,17 @@ def gather_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> 
             to = spec.offset_dims[kept.index(axis)]
             ids[to], zero[to] = x.ids[axis], x.zero[axis]
         elif axis not in batch:
-            facts.freeze(x.ids[axis], f"looked up by index at {source}")
-    facts.freeze(index.ids[-1], f"indices of a gather at {source}")
-    return [Axes(tuple(ids), tuple(zero), 0.0 if x.is_zero else None)]
+            constraints.freeze(x.ids[axis], f"looked up by index at {source}")
+    constraints.freeze(index.ids[-1], f"indices of a gather at {source}")
+    return [AxisInfo(tuple(ids), tuple(zero), 0.0 if x.is_zero else None)]
 
 
 def scatter_rule(name: str) -> Rule:
     """Writes into slices of the first operand: axes that no index touches are those of the update."""
 
-    def rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    def rule(
+        constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+    ) -> list[AxisInfo]:
         x, index, new = ins
         spec = params["dimension_numbers"]
         batch = tuple(getattr(spec, "operand_batching_dims", ()))
@@ -47,8 +51,8 @@ def scatter_rule(name: str) -> Rule:
         free = [i for i in range(len(new.ids)) if i not in spec.update_window_dims]
         reason = f"written by index at {source}"
         for axis, place in enumerate(free):
-            facts.equate(new.ids[place], index.ids[axis])
-        facts.freeze(index.ids[-1], reason)
+            constraints.equate(new.ids[place], index.ids[axis])
+        constraints.freeze(index.ids[-1], reason)
         ids, zero = list(x.ids), list(x.zero)
         sums = name in ("scatter", "scatter-add", "scatter_add", "scatter-max", "scatter-min")
         for axis in range(len(x.ids)):
@@ -60,80 +64,92 @@ def scatter_rule(name: str) -> Rule:
                 place = None
             touched = axis in spec.scatter_dims_to_operand_dims
             if place is None or touched or new.shape[place] != x.shape[axis]:
-                facts.freeze(x.ids[axis], reason)
+                constraints.freeze(x.ids[axis], reason)
                 if place is not None:
-                    facts.freeze(new.ids[place], reason)
+                    constraints.freeze(new.ids[place], reason)
                 zero[axis] = np.zeros(x.shape[axis], bool)
             else:
-                facts.equate(x.ids[axis], new.ids[place])
+                constraints.equate(x.ids[axis], new.ids[place])
                 both = (x.zero[axis] | x.is_zero) & (new.zero[place] | new.is_zero)
                 zero[axis] = both & sums
         # places that an index may repeat: each free axis of the update is summed over or overwrites
         for place in free:
             if not any(place == free[i] for i in index_batch):
-                facts.freeze(new.ids[place], reason)
-        return [Axes(tuple(ids), tuple(zero), 0.0 if x.is_zero and new.is_zero and sums else None)]
+                constraints.freeze(new.ids[place], reason)
+        return [
+            AxisInfo(tuple(ids), tuple(zero), 0.0 if x.is_zero and new.is_zero and sums else None)
+        ]
 
     return rule
 
 
-def dynamic_slice_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def dynamic_slice_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     x = ins[0]
     whole = [n == full for n, full in zip(outs[0], x.shape, strict=True)]
     reason = f"sliced at a computed place at {source}"
-    y = passed_or_frozen(facts, x, outs[0], whole, reason)
-    return [Axes(y.ids, y.zero, x.value)]
+    y = passed_or_frozen(constraints, x, outs[0], whole, reason)
+    return [AxisInfo(y.ids, y.zero, x.value)]
 
 
-def dynamic_update_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def dynamic_update_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     x, new = ins[:2]
     for axis in range(len(x.ids)):
         if x.shape[axis] != new.shape[axis]:
             for ids in (x.ids[axis], new.ids[axis]):
-                facts.freeze(ids, f"written at a computed place at {source}")
+                constraints.freeze(ids, f"written at a computed place at {source}")
     ids, zero = list(x.ids), [np.zeros(n, bool) for n in x.shape]
     for axis in range(len(x.ids)):
         if x.shape[axis] == new.shape[axis]:
-            (ids[axis],), (zero[axis],) = joined(facts, [x, new], [axis])
-    return [Axes(tuple(ids), tuple(zero), 0.0 if x.is_zero and new.is_zero else None)]
+            (ids[axis],), (zero[axis],) = joined(constraints, [x, new], [axis])
+    return [AxisInfo(tuple(ids), tuple(zero), 0.0 if x.is_zero and new.is_zero else None)]
 
 
-def top_k_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def top_k_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     x = ins[0]
     axis = params.get("axis", params.get("reduction_dimension", -1)) % len(x.ids)
     passes = [i != axis for i in range(len(x.ids))]
-    y = passed_or_frozen(facts, x, outs[0], passes, f"ranked along it at {source}")
-    return [y, Axes(y.ids, tuple(np.zeros(len(z), bool) for z in y.zero))]
+    y = passed_or_frozen(constraints, x, outs[0], passes, f"ranked along it at {source}")
+    return [y, AxisInfo(y.ids, tuple(np.zeros(len(z), bool) for z in y.zero))]
 
 
 def leading_rule(name: str, last: int) -> Rule:
     """Operations on the last axes, side by side on all before: linear algebra."""
 
-    def rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    def rule(
+        constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+    ) -> list[AxisInfo]:
         ids: list[np.ndarray] = []
         lead = min(len(shape) for shape in outs) if outs else 0
         lead = min([lead, *(len(x.ids) - last for x in ins)])
         for x in ins:
             for axis in range(max(lead, 0), len(x.ids)):
-                facts.freeze(x.ids[axis], f"{name} mixes it at {source}")
+                constraints.freeze(x.ids[axis], f"{name} mixes it at {source}")
         if lead > 0:
-            ids, _ = joined(facts, ins, range(lead))
+            ids, _ = joined(constraints, ins, range(lead))
         found = []
         for shape in outs:
             rest = [np.full(n, FROZEN) for n in shape[len(ids) :]]
-            found.append(Axes((*ids, *rest), tuple(np.zeros(n, bool) for n in shape)))
+            found.append(AxisInfo((*ids, *rest), tuple(np.zeros(n, bool) for n in shape)))
         return found
 
     return rule
 
 
-def fft_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def fft_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     """Transforms of the last axes: a vector of zeros stays zero."""
     x, mixed = ins[0], len(params["fft_lengths"])
     lead = len(x.ids) - mixed
     for ids in x.ids[lead:]:
-        facts.freeze(ids, f"a Fourier transform mixes it at {source}")
+        constraints.freeze(ids, f"a Fourier transform mixes it at {source}")
     rest = outs[0][lead:]
     ids = (*x.ids[:lead], *(np.full(n, FROZEN) for n in rest))
     zero = (*x.zero[:lead], *(np.zeros(n, bool) for n in rest))
-    return [Axes(ids, zero, 0.0 if x.is_zero else None)]
+    return [AxisInfo(ids, zero, 0.0 if x.is_zero else None)]

@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.graph._axes import Axes, Rule, joined, no_rule, passed_or_frozen, plainest
+from jaxprune.graph._axes import AxisInfo, Rule, joined, no_rule, passed_or_frozen, plainest
+from jaxprune.graph._constraints import FROZEN, Constraints
 from jaxprune.graph._shapes import split_axis
-from jaxprune.graph._units import FROZEN, Facts
 
 
 def reduce_rule(name: str) -> Rule:
     """A reduction: over indices that are zero when masked, a sum does not see them go."""
 
-    def rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    def rule(
+        constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+    ) -> list[AxisInfo]:
         x, found = ins[0], []
         for axis in params["axes"]:
             unsafe = (
@@ -24,7 +26,7 @@ def reduce_rule(name: str) -> Rule:
                 else np.full(x.shape[axis], True)
             )
             if not x.is_zero or name != "reduce_sum":
-                facts.freeze(
+                constraints.freeze(
                     x.ids[axis][unsafe],
                     f"{name} at {source} runs over indices that do not vanish when masked",
                 )
@@ -32,7 +34,7 @@ def reduce_rule(name: str) -> Rule:
         keeps = name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_or")
         for _ in outs:
             found.append(
-                Axes(
+                AxisInfo(
                     tuple(x.ids[i] for i in left),
                     tuple(x.zero[i] & keeps for i in left),
                     0.0 if x.is_zero and keeps else None,
@@ -43,36 +45,40 @@ def reduce_rule(name: str) -> Rule:
     return rule
 
 
-def dot_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def dot_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     (lhs, rhs), ((lc, rc), (lb, rb)) = ins[:2], params["dimension_numbers"]
     for a, b in zip(lc, rc, strict=True):
-        facts.equate(lhs.ids[a], rhs.ids[b])
+        constraints.equate(lhs.ids[a], rhs.ids[b])
         safe = lhs.zero[a] | rhs.zero[b] | lhs.is_zero | rhs.is_zero
         reason = f"dot_general at {source} runs over indices that do not vanish when masked"
-        facts.freeze(lhs.ids[a][~safe], reason)
-        facts.freeze(rhs.ids[b][~safe], reason)
+        constraints.freeze(lhs.ids[a][~safe], reason)
+        constraints.freeze(rhs.ids[b][~safe], reason)
     ids, zero = [], []
     for a, b in zip(lb, rb, strict=True):
-        facts.equate(lhs.ids[a], rhs.ids[b])
+        constraints.equate(lhs.ids[a], rhs.ids[b])
         ids.append(plainest((lhs.ids[a], rhs.ids[b])))
         zero.append(lhs.zero[a] | rhs.zero[b])
     for x, used in ((lhs, (*lc, *lb)), (rhs, (*rc, *rb))):
         free = [i for i in range(len(x.ids)) if i not in used]
         ids += [x.ids[i] for i in free]
         zero += [x.zero[i] for i in free]
-    return [Axes(tuple(ids), tuple(zero), 0.0 if lhs.is_zero or rhs.is_zero else None)]
+    return [AxisInfo(tuple(ids), tuple(zero), 0.0 if lhs.is_zero or rhs.is_zero else None)]
 
 
-def conv_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def conv_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     """Channels in groups: whole groups may go, and so may one place within every group."""
     lhs, rhs = ins
     spec, groups = params["dimension_numbers"], params["feature_group_count"]
     (ln, lc, *ls), (ro, ri, *rs), (on, oc, *_) = spec.lhs_spec, spec.rhs_spec, spec.out_spec
     if params["batch_group_count"] != 1:
-        return no_rule(facts, params, source, ins, outs, "convolution with batch groups")
+        return no_rule(constraints, params, source, ins, outs, "convolution with batch groups")
     for x, spatial in ((lhs, ls), (rhs, rs)):
         for axis in spatial:
-            facts.freeze(x.ids[axis], f"a window moves along it at {source}")
+            constraints.freeze(x.ids[axis], f"a window moves along it at {source}")
     ids: list[Any] = [np.full(n, FROZEN) for n in outs[0]]
     zero: list[Any] = [np.zeros(n, bool) for n in outs[0]]
     ids[on], zero[on] = lhs.ids[ln], lhs.zero[ln]
@@ -80,22 +86,26 @@ def conv_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> li
     within, vanishes = lhs.ids[lc], lhs.zero[lc]
     if groups > 1:
         before, zero_before, within, vanishes = split_axis(
-            facts, lhs.ids[lc], lhs.zero[lc], groups, lhs.shape[lc] // groups
+            constraints, lhs.ids[lc], lhs.zero[lc], groups, lhs.shape[lc] // groups
         )
-        after, *_ = split_axis(facts, rhs.ids[ro], rhs.zero[ro], groups, rhs.shape[ro] // groups)
-        facts.equate(before, after)
+        after, *_ = split_axis(
+            constraints, rhs.ids[ro], rhs.zero[ro], groups, rhs.shape[ro] // groups
+        )
+        constraints.equate(before, after)
         if lhs.shape[lc] == groups:  # depthwise: what comes from a zero channel is zero
             zero[oc] = rhs.zero[ro] | np.repeat(zero_before, rhs.shape[ro] // groups)
     if len(within) > 1:
-        facts.equate(within, rhs.ids[ri])
+        constraints.equate(within, rhs.ids[ri])
         safe = vanishes | rhs.zero[ri] | lhs.is_zero | rhs.is_zero
         reason = f"convolution at {source} sums over channels that do not vanish when masked"
-        facts.freeze(within[~safe], reason)
-        facts.freeze(rhs.ids[ri][~safe], reason)
-    return [Axes(tuple(ids), tuple(zero), 0.0 if lhs.is_zero or rhs.is_zero else None)]
+        constraints.freeze(within[~safe], reason)
+        constraints.freeze(rhs.ids[ri][~safe], reason)
+    return [AxisInfo(tuple(ids), tuple(zero), 0.0 if lhs.is_zero or rhs.is_zero else None)]
 
 
-def window_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def window_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     x = ins[0]
     rank = len(x.ids)
     settings = [params.get(k) or (1,) * rank for k in ("window_strides", "base_dilation")]
@@ -110,22 +120,24 @@ def window_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> 
     for other in (v for v in ins[1:] if len(v.ids) == rank):
         for axis in range(rank):
             if still[axis]:
-                facts.equate(x.ids[axis], other.ids[axis])
+                constraints.equate(x.ids[axis], other.ids[axis])
             else:
-                facts.freeze(other.ids[axis], reason)
-    y = passed_or_frozen(facts, x, outs[0], still, reason)
-    return [Axes(y.ids, y.zero, 0.0 if all(v.is_zero for v in ins) else None)] * len(outs)
+                constraints.freeze(other.ids[axis], reason)
+    y = passed_or_frozen(constraints, x, outs[0], still, reason)
+    return [AxisInfo(y.ids, y.zero, 0.0 if all(v.is_zero for v in ins) else None)] * len(outs)
 
 
 def along_rule(name: str) -> Rule:
     """Operations along one axis, side by side on all others: sorts and cumulative sums."""
 
-    def rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+    def rule(
+        constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+    ) -> list[AxisInfo]:
         axis = params["dimension"] if name == "sort" else params["axis"]
         axis %= len(outs[0])
         for x in ins:
-            facts.freeze(x.ids[axis], f"{name} runs along it at {source}")
-        ids, _ = joined(facts, ins, range(len(outs[0])))
+            constraints.freeze(x.ids[axis], f"{name} runs along it at {source}")
+        ids, _ = joined(constraints, ins, range(len(outs[0])))
         ids[axis] = np.full(outs[0][axis], FROZEN)
         keeps = name != "cumlogsumexp"
         found = []
@@ -133,7 +145,7 @@ def along_rule(name: str) -> Rule:
             zero = [z & keeps for z in x.zero]
             zero[axis] = np.zeros(outs[0][axis], bool)
             known = 0.0 if x.is_zero and keeps else None
-            found.append(Axes(tuple(ids), tuple(zero), known))
+            found.append(AxisInfo(tuple(ids), tuple(zero), known))
         return found
 
     return rule

@@ -1,9 +1,9 @@
-"""Operations that hold programs: loops, branches, mapped shards, functions with gradients of their own.
+"""Rules of operations that hold programs: loops, branches, mapped shards, functions with own gradients.
 
-Each has a rule that walks the inner programs with the ids of its operands. What a loop carries keeps its
-axes: ids out equal ids in. Whether a
-carried value is zero when masked is assumed and then checked, until it holds for every turn. A scan over
-stacked layers may lose a turn where that turn, masked, hands on its carry unchanged.
+Each walks the inner programs with the ids of its operands. What a loop carries keeps its axes: ids out
+equal ids in. Whether a carried value is zero when masked is assumed and then checked, until it holds for
+every iteration. A scan over stacked layers may lose an iteration where that one, masked, hands on its
+carry unchanged.
 """
 
 from collections.abc import Callable
@@ -12,227 +12,209 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.graph._axes import Axes, joined, no_rule, passed_or_frozen
-from jaxprune.graph._units import FROZEN, Facts
-from jaxprune.graph._vanish import same_values
-from jaxprune.program import Operation, Program, open_program, split_scan
+from jaxprune.graph._axes import AxisInfo, joined, passed_or_frozen
+from jaxprune.graph._constraints import FROZEN, Constraints
+from jaxprune.graph._zeros import same_values
+from jaxprune.program import Operation, Program, nesting_of, split_scan
 
-Walk = Callable[[Program, list[Axes], Facts], tuple[Axes, ...]]
-
-
-class Inner(NamedTuple):
-    """A program within an operation.
-
-    Attributes:
-      program: its operations.
-      axes: ids of its values.
-    """
-
-    program: Program
-    axes: tuple[Axes, ...]
+Walk = Callable[[Program, list[AxisInfo], Constraints], None]
+"""Puts the axes of every value of a program into `constraints.values`."""
+NestedRule = Callable[
+    [Walk, Constraints, Operation, list[AxisInfo], list[tuple[int, ...]]], list[AxisInfo]
+]
 
 
-def inside(place: tuple[int, ...], which: int) -> tuple[int, ...]:
-    """The place of the inner program `which` of the operation at `place`."""
-    return (*place, -1 - which)
+def _entered(
+    walk: Walk, constraints: Constraints, program: Program, ins: list[AxisInfo]
+) -> list[AxisInfo]:
+    """Walks an inner program: the axes of its results."""
+    walk(program, ins, constraints)
+    return [constraints.values[i] for i in program.outputs]
 
 
-def _enter(walk: Walk, facts: Facts, which: int, program: Program, ins: list[Axes]) -> Inner:
-    """Walks an inner program, and remembers it by its place."""
-    place = facts.place
-    facts.place = inside(place, which)
-    inner = Inner(program, walk(program, ins, facts))
-    facts.bodies[facts.place] = inner
-    facts.place = place
-    return inner
-
-
-def _carried(facts: Facts, start: Axes) -> Axes:
+def _carried(constraints: Constraints, start: AxisInfo) -> AxisInfo:
     """A carried value: fresh ids, and zero where the start is. A known number is known no more."""
-    ids = tuple(facts.fresh(n) if n > 1 else np.full(n, FROZEN) for n in start.shape)
-    return Axes(ids, tuple(z | start.is_zero for z in start.zero))
+    ids = tuple(constraints.fresh(n) if n > 1 else np.full(n, FROZEN) for n in start.shape)
+    return AxisInfo(ids, tuple(z | start.is_zero for z in start.zero))
 
 
-def _settle(
-    facts: Facts, start: list[Axes], turn: Callable[[list[Axes]], Inner]
-) -> tuple[list[Axes], Inner]:
-    """The carry of a loop, tied to itself, and the body walked with it."""
-    carry = [_carried(facts, x) for x in start]
+def _settled(
+    constraints: Constraints,
+    start: list[AxisInfo],
+    iteration: Callable[[list[AxisInfo]], list[AxisInfo]],
+) -> tuple[list[AxisInfo], list[AxisInfo]]:
+    """The carry of a loop, tied to itself, and the results of the body walked with it."""
+    carry = [_carried(constraints, x) for x in start]
     while True:
-        inner = turn(carry)
-        results = [inner.axes[i] for i in inner.program.outputs[: len(carry)]]
-        for values in zip(carry, start, results, strict=True):
+        results = iteration(carry)
+        for values in zip(carry, start, results, strict=False):
             for a, b, c in zip(*(x.ids for x in values), strict=True):
-                facts.equate(a, b)
-                facts.equate(a, c)
+                constraints.equate(a, b)
+                constraints.equate(a, c)
         weaker = [
-            Axes(x.ids, tuple(a & (b | y.is_zero) for a, b in zip(x.zero, y.zero, strict=True)))
-            for x, y in zip(carry, results, strict=True)
+            AxisInfo(x.ids, tuple(a & (b | y.is_zero) for a, b in zip(x.zero, y.zero, strict=True)))
+            for x, y in zip(carry, results, strict=False)
         ]
         if all(
             (a == b).all()
             for x, y in zip(carry, weaker, strict=True)
             for a, b in zip(x.zero, y.zero, strict=True)
         ):
-            return carry, inner
+            return carry, results
         carry = weaker
 
 
-def scan_rule(walk: Walk) -> Callable[..., list[Axes]]:
+def scan_rule(
+    walk: Walk,
+    constraints: Constraints,
+    operation: Operation,
+    ins: list[AxisInfo],
+    outs: list[tuple[int, ...]],
+) -> list[AxisInfo]:
     """Recurrent networks, whose carry is coupled with itself, and stacked layers."""
-
-    def rule(
-        facts: Facts, params: Any, source: str, ins: list[Axes], outs: list[tuple[int, ...]]
-    ) -> list[Axes]:
-        program = open_program(params["jaxpr"])
-        n_consts, n_carry = split_scan(params)
-        first, length = n_consts + n_carry, params["length"]
-        if len(program.inputs) != len(ins) or not length:
-            return no_rule(facts, params, source, ins, outs, "scan")
-        consts, scanned = ins[:n_consts], ins[first:]
-        slices = [Axes(x.ids[1:], x.zero[1:], x.value) for x in scanned]
-        turn = lambda carry: _enter(walk, facts, 0, program, [*consts, *carry, *slices])
-        carry, inner = _settle(facts, ins[n_consts:first], turn)
-        masked = _masked_turn(walk, program, consts, carry, scanned)
-        passes = scanned and all(
-            masked.same.get(out, out) == into
-            for out, into in zip(program.outputs, program.inputs[n_consts:first], strict=False)
-        )
-        turns, vanish = np.full(length, FROZEN), np.zeros(length, bool)
-        if passes:
-            turns = facts.fresh(length)
-            facts.turns.append(turns)
-            for x in scanned:
-                facts.equate(turns, x.ids[0])
-        else:
-            reason = f"scanned over at {source}, where a masked turn changes what is carried"
-            for x in scanned:
-                facts.freeze(x.ids[0], reason)
-        stacked = []
-        for number in program.outputs[n_carry:]:
-            x = inner.axes[number]
-            flags = (vanish | masked.axes[number].is_zero) if passes else vanish
-            stacked.append(Axes((turns, *x.ids), (flags, *x.zero)))
-        return [*carry, *stacked]
-
-    return rule
+    (program,), (n_consts, n_carry) = operation.inner, split_scan(operation.params)
+    first, length = n_consts + n_carry, operation.params["length"]
+    consts, scanned = ins[:n_consts], ins[first:]
+    slices = [AxisInfo(x.ids[1:], x.zero[1:], x.value) for x in scanned]
+    iteration = lambda carry: _entered(walk, constraints, program, [*consts, *carry, *slices])
+    carry, results = _settled(constraints, ins[n_consts:first], iteration)
+    masked = _masked_iteration(walk, program, consts, carry, scanned)
+    passes = scanned and all(
+        masked.same.get(out, out) == into
+        for out, into in zip(program.outputs, program.inputs[n_consts:first], strict=False)
+    )
+    steps, zero = np.full(length, FROZEN), np.zeros(length, bool)
+    if passes:
+        steps = constraints.fresh(length)
+        constraints.iterations.append(steps)
+        for x in scanned:
+            constraints.equate(steps, x.ids[0])
+    else:
+        reason = f"scanned over at {operation.source}, where a masked iteration changes the carry"
+        for x in scanned:
+            constraints.freeze(x.ids[0], reason)
+    stacked = []
+    for number, x in zip(program.outputs[n_carry:], results[n_carry:], strict=True):
+        flags = (zero | masked.values[number].is_zero) if passes else zero
+        stacked.append(AxisInfo((steps, *x.ids), (flags, *x.zero)))
+    return [*carry, *stacked]
 
 
 class _Masked(NamedTuple):
-    axes: tuple[Axes, ...]
+    values: dict[int, AxisInfo]
     same: dict[int, int]
 
 
-def _masked_turn(
-    walk: Walk, program: Program, consts: list[Axes], carry: list[Axes], scanned: list[Axes]
+def _masked_iteration(
+    walk: Walk,
+    program: Program,
+    consts: list[AxisInfo],
+    carry: list[AxisInfo],
+    scanned: list[AxisInfo],
 ) -> _Masked:
-    """What a turn does once its slices are masked: values that vanish or stay as they were."""
-    blank = [Axes(x.ids[1:], x.zero[1:], 0.0 if x.zero[0].all() else x.value) for x in scanned]
-    scratch = Facts()
-    axes = walk(program, [*consts, *carry, *blank], scratch)
-    return _Masked(axes, same_values(program, axes))
+    """What an iteration does once its slices are masked: values that are zero or stay as they were."""
+    slices = [AxisInfo(x.ids[1:], x.zero[1:], 0.0 if x.zero[0].all() else x.value) for x in scanned]
+    scratch = Constraints()
+    walk(program, [*consts, *carry, *slices], scratch)
+    return _Masked(scratch.values, same_values(program, scratch.values))
 
 
-def while_rule(walk: Walk) -> Callable[..., list[Axes]]:
-    """A loop with a condition; what decides about another turn must see the same numbers."""
+def while_rule(
+    walk: Walk,
+    constraints: Constraints,
+    operation: Operation,
+    ins: list[AxisInfo],
+    outs: list[tuple[int, ...]],
+) -> list[AxisInfo]:
+    """A loop with a condition; what decides about another iteration must see the same numbers."""
+    test, body = operation.inner
+    a = operation.params["cond_nconsts"]
+    b = a + operation.params["body_nconsts"]
+    iteration = lambda carry: _entered(walk, constraints, body, [*ins[a:b], *carry])
+    carry, _ = _settled(constraints, ins[b:], iteration)
+    (decided,) = _entered(walk, constraints, test, [*ins[:a], *carry])
+    for ids in decided.ids:
+        constraints.freeze(ids, f"decides about a loop at {operation.source}")
+    return carry
 
-    def rule(
-        facts: Facts, params: Any, source: str, ins: list[Axes], outs: list[tuple[int, ...]]
-    ) -> list[Axes]:
-        test, body = open_program(params["cond_jaxpr"]), open_program(params["body_jaxpr"])
-        a = params["cond_nconsts"]
-        b = a + params["body_nconsts"]
-        turn = lambda carry: _enter(walk, facts, 1, body, [*ins[a:b], *carry])
-        carry, _ = _settle(facts, ins[b:], turn)
-        decided = _enter(walk, facts, 0, test, [*ins[:a], *carry])
-        for ids in decided.axes[test.outputs[0]].ids:
-            facts.freeze(ids, f"decides about a loop at {source}")
-        return carry
 
-    return rule
-
-
-def cond_rule(walk: Walk) -> Callable[..., list[Axes]]:
+def cond_rule(
+    walk: Walk,
+    constraints: Constraints,
+    operation: Operation,
+    ins: list[AxisInfo],
+    outs: list[tuple[int, ...]],
+) -> list[AxisInfo]:
     """Branches: they agree about the axes of what they return."""
-
-    def rule(
-        facts: Facts, params: Any, source: str, ins: list[Axes], outs: list[tuple[int, ...]]
-    ) -> list[Axes]:
-        found = []
-        for which, branch in enumerate(params["branches"]):
-            inner = _enter(walk, facts, which, open_program(branch), ins[1:])
-            found.append([inner.axes[i] for i in inner.program.outputs])
-        results = []
-        for values in zip(*found, strict=True):
-            ids, zero = joined(facts, list(values), range(len(values[0].ids)))
-            known = 0.0 if all(x.is_zero for x in values) else None
-            results.append(Axes(tuple(ids), tuple(zero), known))
-        return results
-
-    return rule
+    found = [_entered(walk, constraints, branch, ins[1:]) for branch in operation.inner]
+    results = []
+    for values in zip(*found, strict=True):
+        ids, zero = joined(constraints, list(values), range(len(values[0].ids)))
+        known = 0.0 if all(x.is_zero for x in values) else None
+        results.append(AxisInfo(tuple(ids), tuple(zero), known))
+    return results
 
 
-def custom_rule(walk: Walk) -> Callable[..., list[Axes]]:
+def custom_rule(
+    walk: Walk,
+    constraints: Constraints,
+    operation: Operation,
+    ins: list[AxisInfo],
+    outs: list[tuple[int, ...]],
+) -> list[AxisInfo]:
     """A function with a gradient of its own: walked open, run closed."""
-
-    def rule(
-        facts: Facts, params: Any, source: str, ins: list[Axes], outs: list[tuple[int, ...]]
-    ) -> list[Axes]:
-        inner = _enter(walk, facts, 0, open_program(params["call_jaxpr"]), ins)
-        return [inner.axes[i] for i in inner.program.outputs]
-
-    return rule
+    return _entered(walk, constraints, operation.inner[0], ins)
 
 
-def shard_rule(walk: Walk) -> Callable[..., list[Axes]]:
+def shard_rule(
+    walk: Walk,
+    constraints: Constraints,
+    operation: Operation,
+    ins: list[AxisInfo],
+    outs: list[tuple[int, ...]],
+) -> list[AxisInfo]:
     """A function mapped over shards: axes that are not split pass; those that are stay."""
-
-    def rule(
-        facts: Facts, params: Any, source: str, ins: list[Axes], outs: list[tuple[int, ...]]
-    ) -> list[Axes]:
-        program = open_program(params["jaxpr"])
-        if len(program.inputs) != len(ins):
-            return no_rule(facts, params, source, ins, outs, "shard_map")
-        reason = f"split over devices by shard_map at {source}"
-        numbers = program.inputs
-        local = [
-            _divided(facts, x, spec, tuple(program.avals[number].shape), reason)
-            for x, spec, number in zip(ins, params["in_specs"], numbers, strict=True)
-        ]
-        inner = _enter(walk, facts, 0, program, local)
-        results = [inner.axes[number] for number in program.outputs]
-        return [
-            replace(_divided(facts, x, spec, shape, reason), value=None)
-            for x, spec, shape in zip(results, params["out_specs"], outs, strict=True)
-        ]
-
-    return rule
+    (program,), params = operation.inner, operation.params
+    reason = f"split over devices by shard_map at {operation.source}"
+    shapes = [tuple(program.avals[number].shape) for number in program.inputs]
+    local = [
+        _divided(constraints, x, spec, shape, reason)
+        for x, spec, shape in zip(ins, params["in_specs"], shapes, strict=True)
+    ]
+    results = _entered(walk, constraints, program, local)
+    return [
+        replace(_divided(constraints, x, spec, shape, reason), value=None)
+        for x, spec, shape in zip(results, params["out_specs"], outs, strict=True)
+    ]
 
 
-def _divided(facts: Facts, x: Axes, spec: Any, shape: tuple[int, ...], reason: str) -> Axes:
+def _divided(
+    constraints: Constraints, x: AxisInfo, spec: Any, shape: tuple[int, ...], reason: str
+) -> AxisInfo:
     """A value on the other side of a split over devices, of `shape` there: split axes freeze."""
-    passes = [entry is None for entry in _entries(spec, len(shape))]
-    return replace(passed_or_frozen(facts, x, shape, passes, reason), value=x.value)
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    passes = [entry is None for entry in entries]
+    return replace(passed_or_frozen(constraints, x, shape, passes, reason), value=x.value)
 
 
-def _entries(spec: Any, rank: int) -> list[Any]:
-    given = list(spec)
-    return [*given, *[None] * (rank - len(given))]
-
-
-RULES: dict[str, Callable[[Walk], Callable[..., list[Axes]]]] = {
+_RULES: dict[str, NestedRule] = {
     "scan": scan_rule,
     "while": while_rule,
     "cond": cond_rule,
     "custom_vjp_call": custom_rule,
     "shard_map": shard_rule,
 }
-"""Rules, given the walk over a program."""
 
 
-def scanned_ids(operation: Operation, axes: tuple[Axes, ...]) -> np.ndarray | None:
-    """The ids of the turns of a scan, where it runs over anything."""
-    if operation.primitive.name != "scan":
+def nested_rule(operation: Operation) -> NestedRule | None:
+    """The rule of an operation whose programs can be entered, with at least one iteration."""
+    entered = nesting_of(operation) is not None and operation.params.get("length", 1)
+    return _RULES.get(operation.name) if entered else None
+
+
+def scanned_ids(operation: Operation, axes: tuple[AxisInfo, ...]) -> np.ndarray | None:
+    """The ids of the iterations of a scan, where it runs over anything."""
+    if operation.name != "scan":
         return None
     slices = operation.ins[sum(split_scan(operation.params)) :]
     return axes[slices[0]].ids[0] if slices else None

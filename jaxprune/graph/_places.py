@@ -26,13 +26,13 @@ class Place(NamedTuple):
 
 def places_of(graph: Graph, group: Group) -> list[Place]:
     """Where the units of a group lie."""
-    order = np.full(len(graph.units.why), -1)
+    order = np.full(len(graph.solution.reason), -1)
     order[group.units] = np.arange(group.size)
     position = {path: i for i, path in enumerate(graph.paths)}
     found = []
     for path, axis in group.members:
         leaf = position[path]
-        slices, unit = graph.units.factors(graph.units.label[graph.own[leaf].ids[axis]])
+        slices, unit = graph.solution.factors(graph.solution.label[graph.own[leaf].ids[axis]])
         mine = order[unit] >= 0
         found.append(Place(leaf, axis, slices[mine], order[unit[mine]]))
     return found

@@ -4,13 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.graph._axes import Axes
+from jaxprune.graph._axes import AxisInfo
+from jaxprune.graph._constraints import Constraints
 from jaxprune.graph._nested import scanned_ids
 from jaxprune.graph._trace import Graph, walk
-from jaxprune.graph._units import Facts
-from jaxprune.program import Operation, Program
-
-_VIEWS = frozenset(["convert_element_type", "reshape", "copy", "name", "optimization_barrier"])
+from jaxprune.program import Operation, Program, primitive, same_numbers
 
 
 class Block(NamedTuple):
@@ -28,12 +26,12 @@ class Block(NamedTuple):
 
 
 def residual_blocks(graph: Graph) -> list[Block]:
-    """The branches that vanish when the parameters that only they read are masked, in order."""
+    """The branches that are zero when the parameters that only they read are masked, in order."""
     return _Search(graph).blocks()
 
 
-def turns_of(graph: Graph) -> dict[int, np.ndarray]:
-    """The ids of the turns of each scan, by the number of its first result."""
+def iterations_of(graph: Graph) -> dict[int, np.ndarray]:
+    """The ids of the iterations of each scan, by the number of its first result."""
     found = {}
     for operation in graph.program.operations:
         ids = scanned_ids(operation, graph.axes)
@@ -64,7 +62,7 @@ class _Search:
         found: list[Block] = []
         around: dict[int, int] = {}  # sum -> the stream before it
         for operation in self.graph.program.operations:
-            if operation.primitive.name not in ("add", "add_any", "sub"):
+            if primitive(operation.name).neutral != 0:
                 continue
             (a, b), (out,) = operation.ins, operation.outs
             if not {a, b} <= self.data:
@@ -89,8 +87,8 @@ class _Search:
             maker = self.maker.get(number)
             if number in around:
                 number = around[number]
-            elif maker is not None and maker.primitive.name in _VIEWS:
-                number = maker.ins[0]
+            elif maker is not None and same_numbers(maker, views=True):
+                number = maker.ins[maker.outs.index(number)]
             else:
                 break
             stream.add(number)
@@ -107,7 +105,7 @@ class _Search:
             if not members.issuperset(self.users.get(number, ())):
                 return None
         own = sorted(leaf for leaf in leaves if self._users_of(leaf) <= members)
-        if own and self._vanishes(operations, branch, own):
+        if own and self._is_zero(operations, branch, own):
             return Block(skip, out, tuple(self.positions[leaf] for leaf in own))
         return None
 
@@ -146,7 +144,7 @@ class _Search:
             self.uses_leaf[leaf] = frozenset(found)
         return self.uses_leaf[leaf]
 
-    def _vanishes(self, operations: list[Operation], branch: int, leaves: list[int]) -> bool:
+    def _is_zero(self, operations: list[Operation], branch: int, leaves: list[int]) -> bool:
         """Whether the branch is zero throughout once these parameters are."""
         made = {i for operation in operations for i in operation.outs}
         needed = {i for operation in operations for i in operation.ins} - made
@@ -154,11 +152,14 @@ class _Search:
         inputs = sorted(needed - set(constants))
         part = Program(self.graph.program.avals, constants, inputs, operations, [branch])
         known = [self.graph.axes[i] for i in inputs]
-        blank = set(leaves)
         ins = [
-            Axes(
-                x.ids, tuple(np.zeros(len(z), bool) for z in x.zero), 0.0 if i in blank else x.value
+            AxisInfo(
+                x.ids,
+                tuple(np.zeros(len(z), bool) for z in x.zero),
+                0.0 if i in leaves else x.value,
             )
             for i, x in zip(inputs, known, strict=True)
         ]
-        return walk(part, ins, Facts())[branch].is_zero
+        scratch = Constraints()
+        walk(part, ins, scratch)
+        return scratch.values[branch].is_zero

@@ -4,11 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.graph._axes import Axes, fresh_axes, joined, no_rule, passed_or_frozen, plainest
-from jaxprune.graph._units import FROZEN, Facts
+from jaxprune.graph._axes import AxisInfo, fresh_axes, joined, no_rule, passed_or_frozen, plainest
+from jaxprune.graph._constraints import FROZEN, LAST_FIXED, Constraints, may_shrink
 
 
-def broadcast_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def broadcast_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     (x, *_), shape = ins, params["shape"]
     where = {to: axis for axis, to in enumerate(params["broadcast_dimensions"])}
     ids, zero = [], []
@@ -18,23 +20,27 @@ def broadcast_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) 
             ids.append(x.ids[axis])
             zero.append(x.zero[axis])
         else:
-            ids.append(facts.fresh(n) if n > 1 else np.full(n, FROZEN))
+            ids.append(constraints.fresh(n) if n > 1 else np.full(n, FROZEN))
             zero.append(np.full(n, False))
-    return [Axes(tuple(ids), tuple(zero), x.value)]
+    return [AxisInfo(tuple(ids), tuple(zero), x.value)]
 
 
-def transpose_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def transpose_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     order = params["permutation"]
     x = ins[0]
-    return [Axes(tuple(x.ids[i] for i in order), tuple(x.zero[i] for i in order), x.value)]
+    return [AxisInfo(tuple(x.ids[i] for i in order), tuple(x.zero[i] for i in order), x.value)]
 
 
-def squeeze_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def squeeze_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     x = ins[0]
     left = [i for i in range(len(x.ids)) if i not in params["dimensions"]]
     for i in params["dimensions"]:
-        facts.freeze(x.ids[i], f"one entry is picked at {source}")
-    return [Axes(tuple(x.ids[i] for i in left), tuple(x.zero[i] for i in left), x.value)]
+        constraints.freeze(x.ids[i], f"one entry is picked at {source}")
+    return [AxisInfo(tuple(x.ids[i] for i in left), tuple(x.zero[i] for i in left), x.value)]
 
 
 def blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -58,42 +64,44 @@ def blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[i
     return found
 
 
-def reshape_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def reshape_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     x, shape = ins[0], outs[0]
     if params.get("dimensions") is not None or 0 in shape:
-        return no_rule(facts, params, source, ins[:1], outs, "reshape with dimensions")
+        return no_rule(constraints, params, source, ins[:1], outs, "reshape with dimensions")
     ids: dict[int, np.ndarray] = {}
     zero: dict[int, np.ndarray] = {}
     for before, after in blocks(x.shape, shape):
         merged, flags = np.full(1, FROZEN), np.ones(1, bool)
         for axis in before:
-            merged, flags = _merge(facts, merged, flags, x.ids[axis], x.zero[axis])
+            merged, flags = _merge(constraints, merged, flags, x.ids[axis], x.zero[axis])
         for k, axis in enumerate(after):
             rest = int(np.prod([shape[i] for i in after[k + 1 :]], dtype=int))
             ids[axis], zero[axis], merged, flags = split_axis(
-                facts, merged, flags, shape[axis], rest
+                constraints, merged, flags, shape[axis], rest
             )
     order = range(len(shape))
-    return [Axes(tuple(ids[i] for i in order), tuple(zero[i] for i in order), x.value)]
+    return [AxisInfo(tuple(ids[i] for i in order), tuple(zero[i] for i in order), x.value)]
 
 
 def _merge(
-    facts: Facts, a: np.ndarray, za: np.ndarray, b: np.ndarray, zb: np.ndarray
+    constraints: Constraints, a: np.ndarray, za: np.ndarray, b: np.ndarray, zb: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The axis that runs through `b` within each index of `a`."""
     rows, columns = np.repeat(a, len(b)), np.tile(b, len(a))
     zrows, zcolumns = np.repeat(za, len(b)), np.tile(zb, len(a))
-    if not a.any():
+    if not may_shrink(a):
         return columns, zcolumns
-    if not b.any():
+    if not may_shrink(b):
         return rows, zrows
-    ids = facts.fresh(len(rows))
-    facts.product(ids, rows, columns)
-    return ids, (zrows | (rows == FROZEN)) & (zcolumns | (columns == FROZEN))
+    ids = constraints.fresh(len(rows))
+    constraints.product(ids, rows, columns)
+    return ids, (zrows | (rows <= LAST_FIXED)) & (zcolumns | (columns <= LAST_FIXED))
 
 
 def split_axis(
-    facts: Facts, ids: np.ndarray, zero: np.ndarray, n: int, rest: int
+    constraints: Constraints, ids: np.ndarray, zero: np.ndarray, n: int, rest: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The outer axis of `n` entries, and what is left within it. Inverse of `_merge`."""
     table, flags = ids.reshape(n, rest), zero.reshape(n, rest)
@@ -105,12 +113,14 @@ def split_axis(
         return *frozen(n), table[0], zcolumns
     if (table == table[:, :1]).all():
         return table[:, 0], zrows, *frozen(rest)
-    rows, columns = facts.fresh(n), facts.fresh(rest)
-    facts.product(ids, np.repeat(rows, rest), np.tile(columns, n))
+    rows, columns = constraints.fresh(n), constraints.fresh(rest)
+    constraints.product(ids, np.repeat(rows, rest), np.tile(columns, n))
     return rows, zrows, columns, zcolumns
 
 
-def concatenate_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def concatenate_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     axis = params["dimension"]
     ids, zero = [], []
     for i in range(len(outs[0])):
@@ -121,13 +131,15 @@ def concatenate_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any
         else:
             chosen = plainest(parts)
             for part in parts:
-                facts.equate(chosen, part)
+                constraints.equate(chosen, part)
             ids.append(chosen)
             zero.append(np.logical_and.reduce(flags))
-    return [Axes(tuple(ids), tuple(zero), 0.0 if all(x.is_zero for x in ins) else None)]
+    return [AxisInfo(tuple(ids), tuple(zero), 0.0 if all(x.is_zero for x in ins) else None)]
 
 
-def slice_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def slice_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     x = ins[0]
     strides = params["strides"] or (1,) * len(x.ids)
     cut = [
@@ -136,17 +148,19 @@ def slice_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> l
     ]
     ids = tuple(v[c] for v, c in zip(x.ids, cut, strict=True))
     zero = tuple(v[c] for v, c in zip(x.zero, cut, strict=True))
-    return [Axes(ids, zero, x.value)]
+    return [AxisInfo(ids, zero, x.value)]
 
 
-def split_op_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def split_op_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     x, axis, found, start = ins[0], params["axis"], [], 0
     for size in params["sizes"]:
         cut = [slice(None)] * len(x.ids)
         cut[axis] = slice(start, start + size)
         start += size
         found.append(
-            Axes(
+            AxisInfo(
                 tuple(v[c] for v, c in zip(x.ids, cut, strict=True)),
                 tuple(v[c] for v, c in zip(x.zero, cut, strict=True)),
                 x.value,
@@ -155,26 +169,32 @@ def split_op_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -
     return found
 
 
-def pad_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def pad_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     untouched = [config == (0, 0, 0) for config in params["padding_config"]]
-    y = passed_or_frozen(facts, ins[0], outs[0], untouched, f"padded at {source}")
+    y = passed_or_frozen(constraints, ins[0], outs[0], untouched, f"padded at {source}")
     both = all(x.is_zero for x in ins)
-    return [Axes(y.ids, tuple(z & ins[1].is_zero for z in y.zero), 0.0 if both else None)]
+    return [AxisInfo(y.ids, tuple(z & ins[1].is_zero for z in y.zero), 0.0 if both else None)]
 
 
-def generated_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def generated_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     """Values made from nothing, or from a key: whatever is needed of them is cut out."""
     for x in ins:
         for ids in x.ids:
-            facts.freeze(ids, f"a seed at {source}")
-    return [fresh_axes(facts, outs[0], zero=False)]
+            constraints.freeze(ids, f"a seed at {source}")
+    return [fresh_axes(constraints, outs[0], zero=False)]
 
 
-def reverse_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def reverse_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     x = ins[0]
     turn = lambda v, i: v[::-1] if i in params["dimensions"] else v
     return [
-        Axes(
+        AxisInfo(
             tuple(turn(v, i) for i, v in enumerate(x.ids)),
             tuple(turn(v, i) for i, v in enumerate(x.zero)),
             x.value,
@@ -182,38 +202,46 @@ def reverse_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) ->
     ]
 
 
-def stack_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
-    ids, zero = joined(facts, ins, range(len(ins[0].ids)))
+def stack_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
+    ids, zero = joined(constraints, ins, range(len(ins[0].ids)))
     axis, n = params["axis"] % len(outs[0]), len(ins)
     ids.insert(axis, np.full(n, FROZEN))
     zero.insert(axis, np.zeros(n, bool))
-    return [Axes(tuple(ids), tuple(zero), 0.0 if all(x.is_zero for x in ins) else None)]
+    return [AxisInfo(tuple(ids), tuple(zero), 0.0 if all(x.is_zero for x in ins) else None)]
 
 
-def unstack_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def unstack_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     x = ins[0]
     axis = params["axis"] % len(x.ids)
-    facts.freeze(x.ids[axis], f"its entries are taken apart at {source}")
+    constraints.freeze(x.ids[axis], f"its entries are taken apart at {source}")
     left = [i for i in range(len(x.ids)) if i != axis]
-    one = Axes(tuple(x.ids[i] for i in left), tuple(x.zero[i] for i in left), x.value)
+    one = AxisInfo(tuple(x.ids[i] for i in left), tuple(x.zero[i] for i in left), x.value)
     return [one] * len(outs)
 
 
-def tile_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def tile_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     x, reps = ins[0], params["reps"]
     repeat = lambda values: tuple(np.tile(v, r) for v, r in zip(values, reps, strict=True))
-    return [Axes(repeat(x.ids), repeat(x.zero), x.value)]
+    return [AxisInfo(repeat(x.ids), repeat(x.zero), x.value)]
 
 
-def bitcast_rule(facts: Facts, params: Any, source: str, ins: Any, outs: Any) -> list[Axes]:
+def bitcast_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
     """Bits read as another type; a last axis comes or goes where the widths differ."""
     x, shape = ins[0], outs[0]
     shared = min(len(x.ids), len(shape))
     for ids in x.ids[shared:]:
-        facts.freeze(ids, f"bits are joined at {source}")
+        constraints.freeze(ids, f"bits are joined at {source}")
     rest = shape[shared:]
     return [
-        Axes(
+        AxisInfo(
             (*x.ids[:shared], *(np.full(n, FROZEN) for n in rest)),
             (*x.zero[:shared], *(np.zeros(n, bool) for n in rest)),
             0.0 if x.is_zero else None,

@@ -11,15 +11,23 @@ from rich.table import Table
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params, PyTree
-from jaxprune.graph._axes import Axes, fresh_axes, frozen_axes, no_rule
+from jaxprune.graph._axes import AxisInfo, fresh_axes, input_axes, no_rule
+from jaxprune.graph._constraints import Constraints, Solution
 from jaxprune.graph._cost import Cost, cost_of
 from jaxprune.graph._couple import RULES
 from jaxprune.graph._groups import Group, frozen_of, groups_of
-from jaxprune.graph._nested import RULES as NESTED
-from jaxprune.graph._removal import Removal, dead_slices, removal_of
-from jaxprune.graph._units import Facts, Units
-from jaxprune.graph._vanish import Work, gone_leaves, needed_work
-from jaxprune.program import Program, inputs_of, trace_program, uses_of_program
+from jaxprune.graph._nested import nested_rule
+from jaxprune.graph._removal import Removal, masked_slices, removal_of
+from jaxprune.graph._zeros import Work, needed_work, removed_leaves
+from jaxprune.program import (
+    Flow,
+    Program,
+    inputs_of,
+    is_symbolic,
+    sized,
+    trace_program,
+    uses_of_program,
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,11 @@ class Graph:
       shapes: shape of each leaf.
       treedef: structure of the parameters.
       program: the operations.
-      axes: ids of each value of the program.
-      units: the solved facts.
-      bodies: programs within operations, and their axes, by place.
+      axes: ids of each value of the program, those of inner programs too.
+      solution: of the constraints.
       updated: which outputs are updated copies of which leaves, by position.
-      turns: units that are turns of scans over stacked layers.
+      unread: positions of leaves that the function never reads.
+      iterations: units that are iterations of scans over stacked layers.
     """
 
     fn: Callable[..., Any]
@@ -46,21 +54,21 @@ class Graph:
     shapes: tuple[tuple[int, ...], ...]
     treedef: Any
     program: Program
-    axes: tuple[Axes, ...]
-    units: Units
-    bodies: dict[tuple[int, ...], Any]
+    axes: tuple[AxisInfo, ...]
+    solution: Solution
     updated: dict[int, int]
-    turns: frozenset[int]
+    iterations: frozenset[int]
+    unread: frozenset[int]
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """What can shrink."""
-        return groups_of(self.paths, self.own, self.units, self.turns)
+        return groups_of(self.paths, self.own, self.solution, self.iterations)
 
     @cached_property
     def frozen(self) -> tuple[tuple[tuple[str, int], str], ...]:
         """`((path, axis), reason)` for what cannot, or not all of it."""
-        return frozen_of(self.paths, self.own, self.units)
+        return frozen_of(self.paths, self.own, self.solution)
 
     @cached_property
     def uses(self) -> PyTree:
@@ -85,15 +93,20 @@ class Graph:
         if masks is None:
             return self.cost_without(None)
         removal = self.removal(masks)
-        work = needed_without(self, removal.blank)[0] if removal.blank else None
+        work = needed_without(self, removal.fully_masked)[0] if removal.fully_masked else None
         return self.cost_without(removal.ids, work)
 
     def cost_without(self, removed: np.ndarray | None, work: Work | None = None) -> Cost:
         """What a call costs without some ids, and of some of its operations."""
         program = self.program
+        if self.is_symbolic:
+            raise ValueError(
+                "cost: the graph was traced with symbolic sizes, of which no cost is known; trace with "
+                "inputs of some size"
+            )
         if work is not None:
             program = dataclasses.replace(program, operations=work.operations)
-        return cost_of(program, self.axes, len(self.paths), removed, self.bodies)
+        return cost_of(program, self.axes, len(self.paths), removed)
 
     def removal(self, masks: Masks) -> Removal:
         """The units that masks remove."""
@@ -101,10 +114,15 @@ class Graph:
             "masks", masks, "the traced params", self.treedef.unflatten(self.paths)
         )
         flags = self.treedef.flatten_up_to(masks)
-        return removal_of(self.units, self.own, *dead_slices(self.shapes, flags))
+        return removal_of(self.solution, self.own, *masked_slices(self.shapes, flags))
 
     @property
-    def own(self) -> list[Axes]:
+    def is_symbolic(self) -> bool:
+        """Whether inputs have symbolic sizes."""
+        return any(is_symbolic(self.program.avals[i].shape) for i in self.program.inputs)
+
+    @property
+    def own(self) -> list[AxisInfo]:
         """The axes of each parameter leaf."""
         return [self.axes[i] for i in self.program.inputs[: len(self.paths)]]
 
@@ -164,12 +182,17 @@ def trace(
     """
     paths, leaves, treedef = _trees.flatten(params)
     program = trace_program(fn, params, *args, **kwargs)
-    facts = Facts()
+    constraints = Constraints()
     updated = updated_leaves(program, paths, updates)
-    axes = couple(program, len(leaves), facts, updated)
-    units = facts.solve()
+    names = inputs_of(args, kwargs).names
+    unread = unread_leaves(program, len(leaves))
+    axes = couple(program, len(leaves), constraints, updated, names)
+    for position in unread:
+        for ids in axes[program.inputs[position]].ids:
+            constraints.freeze(ids, "not read")
+    solution = constraints.solve()
     shapes = tuple(tuple(np.shape(leaf)) for leaf in leaves)
-    turns = np.unique(units.label[np.concatenate([*facts.turns, np.zeros(0, np.int64)])])
+    steps = np.concatenate([*constraints.iterations, np.zeros(0, np.int64)])
     return Graph(
         fn,
         updates,
@@ -178,63 +201,67 @@ def trace(
         treedef,
         program,
         axes,
-        units,
-        facts.bodies,
+        solution,
         updated,
-        frozenset(turns.tolist()),
+        frozenset(np.unique(solution.label[steps]).tolist()),
+        unread,
     )
 
 
 def couple(
-    program: Program, n_params: int, facts: Facts, updated: dict[int, int]
-) -> tuple[Axes, ...]:
+    program: Program,
+    n_params: int,
+    constraints: Constraints,
+    updated: dict[int, int],
+    names: Sequence[str],
+) -> tuple[AxisInfo, ...]:
     """The axes of every value of a program.
 
     Args:
       program: the program.
       n_params: how many of its first inputs are parameters.
-      facts: where facts are put.
+      constraints: where constraints are put.
       updated: which outputs are updated copies of which parameters, by position.
+      names: of the other inputs.
     """
-    shapes = [tuple(program.avals[number].shape) for number in program.inputs]
-    ins = [
-        fresh_axes(facts, shape, zero=True) if position < n_params else frozen_axes(shape)
-        for position, shape in enumerate(shapes)
-    ]
-    found = walk(program, ins, facts)
+    constraints.is_symbolic = any(is_symbolic(program.avals[i].shape) for i in program.inputs)
+    shapes = [sized(tuple(program.avals[number].shape)) for number in program.inputs]
+    ins = [fresh_axes(constraints, shape, zero=True) for shape in shapes[:n_params]]
+    ins += [input_axes(constraints, *item) for item in zip(shapes[n_params:], names, strict=True)]
+    walk(program, ins, constraints)
+    found = constraints.values
     for position, number in enumerate(program.outputs):
         twin = updated.get(position)
         for axis, ids in enumerate(found[number].ids):
             if twin is None:
-                facts.freeze(ids, f"reaches output {position}")
+                constraints.freeze(ids, f"reaches output {position}")
             else:
-                facts.equate(ids, ins[twin].ids[axis])
-    return found
-
-
-def walk(program: Program, ins: list[Axes], facts: Facts) -> tuple[Axes, ...]:
-    """The axes of every value of a program, given those of its inputs."""
-    found = dict(zip(program.inputs, ins, strict=True))
-    for number, value in program.constants.items():
-        known = fresh_axes(facts, tuple(np.shape(value)), zero=False)
-        found[number] = Axes(known.ids, known.zero, _number(value))
-    around = facts.place
-    for operation in program.operations:
-        operands = [found[i] for i in operation.ins]
-        shapes = [tuple(program.avals[i].shape) for i in operation.outs]
-        name = operation.primitive.name
-        facts.place = (*around, *operation.outs[:1])
-        if name in _RULES:
-            outs = _RULES[name](facts, operation.params, operation.source, operands, shapes)
-        else:
-            outs = no_rule(facts, operation.params, operation.source, operands, shapes, name)
-        found.update(zip(operation.outs, outs, strict=True))
-    facts.place = around
-    unused = Axes((), ())
+                constraints.equate(ids, ins[twin].ids[axis])
+    unused = AxisInfo((), ())
     return tuple(found.get(i, unused) for i in range(len(program.avals)))
 
 
-_RULES = {**RULES, **{name: rule(walk) for name, rule in NESTED.items()}}
+def walk(program: Program, ins: list[AxisInfo], constraints: Constraints) -> None:
+    """Puts the axes of every value of a program, given those of its inputs, into `constraints.values`."""
+    found = constraints.values
+    found.update(zip(program.inputs, ins, strict=True))
+    for number, value in program.constants.items():
+        known = fresh_axes(constraints, tuple(np.shape(value)), zero=False)
+        found[number] = AxisInfo(known.ids, known.zero, _number(value))
+    for operation in program.operations:
+        operands = [found[i] for i in operation.ins]
+        shapes = [tuple(program.avals[i].shape) for i in operation.outs]
+        params = operation.params
+        if constraints.is_symbolic:
+            shapes, params = [sized(shape) for shape in shapes], sized(params)
+        nested, rule = nested_rule(operation), RULES.get(operation.name)
+        if nested is not None:
+            outs = nested(walk, constraints, operation, operands, shapes)
+        elif rule is not None:
+            outs = rule(constraints, params, operation.source, operands, shapes)
+        else:
+            outs = no_rule(constraints, params, operation.source, operands, shapes, operation.name)
+        found.update(zip(operation.outs, outs, strict=True))
 
 
 def _number(value: Any) -> float | None:
@@ -265,12 +292,21 @@ def updated_leaves(
     return {position: known[name] for name, position in zip(names, positions, strict=True)}
 
 
-def needed_without(graph: Graph, blank: tuple[int, ...]) -> tuple[Work, set[int]]:
-    """The work that is left when some leaves are zero, and the inputs that are gone with them."""
+def unread_leaves(program: Program, n_params: int) -> frozenset[int]:
+    """Positions of the parameters that nothing reads: no operation but views, and no output."""
+    flow = Flow(program, n_params)
+    return frozenset(i for number, i in flow.leaves.items() if not flow.readers(number))
+
+
+def needed_without(graph: Graph, masked: tuple[int, ...]) -> tuple[Work, set[int]]:
+    """The work that is left when some leaves are zero, and the inputs that are removed with them."""
     program, n_params = graph.program, len(graph.paths)
     ins = [graph.axes[i] for i in program.inputs]
-    for position in blank:
-        ins[position] = Axes(ins[position].ids, ins[position].zero, 0.0)
-    work = needed_work(program, walk(program, ins, Facts()))
-    numbers = [program.inputs[position] for position in blank]
-    return work, set(gone_leaves(program, work, numbers, n_params))
+    for position in masked:
+        ins[position] = AxisInfo(ins[position].ids, ins[position].zero, 0.0)
+    scratch = Constraints()
+    scratch.is_symbolic = graph.is_symbolic
+    walk(program, ins, scratch)
+    work = needed_work(program, scratch.values)
+    numbers = [program.inputs[position] for position in masked]
+    return work, set(removed_leaves(program, work, numbers, n_params))

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, UInt8
 
-from jaxprune import _checks, _trees
-from jaxprune._types import MaskFn, Masks, Params, PyTree, Where, is_compressed
+from jaxprune import _bits, _checks, _leaves, _trees
+from jaxprune._types import CompressedLeaf, MaskFn, Masks, Params, PyTree, Where, is_compressed
 
 
 def apply_masks(params: Params, masks: Masks) -> Params:
@@ -25,22 +25,27 @@ def apply_masks(params: Params, masks: Masks) -> Params:
 
     Raises:
       ValueError: trees of different structure, or a mask that does not broadcast.
-      TypeError: a mask that is not bool.
+      TypeError: a mask that is not bool, or one of a compressed leaf, which it would make dense.
 
     Example:
       >>> jp.apply_masks({"w": jnp.ones(3)}, {"w": jnp.array([True, False, True])})
       {'w': Array([1., 0., 1.], dtype=float32)}
     """
     _checks.masks_fit(masks, params)
-    return _trees.map_with_path(lambda _, p, m: masked(p, m), params, masks)
+    return _trees.map_with_path(lambda path, p, m: masked(p, m, path), params, masks)
 
 
-def masked(param: Any, mask: Any) -> Any:
+def masked(param: Any, mask: Any, path: str = "") -> Any:
     """One leaf with masked entries zero; a leaf with the concrete mask `True` is returned as it is."""
     if np.ndim(mask) == 0 and not _checks.is_traced(mask) and bool(mask):
         return param
-    dense = _trees.dense(param)
-    return jnp.where(mask, dense, jnp.zeros((), jnp.result_type(dense)))
+    if is_compressed(param):
+        raise TypeError(
+            f"params: leaf {path!r} is a {type(param).__name__}, which a mask would make dense; mask "
+            "before compressing (a QATArray takes its own: jp.qat.prepare(params, masks=masks)), or make "
+            "it dense first: jp.materialize_tree(params)"
+        )
+    return jnp.where(mask, param, jnp.zeros((), jnp.result_type(param)))
 
 
 def sparsity(tree: Params | Masks, *, where: Where = None) -> float | jax.Array:
@@ -78,13 +83,13 @@ def sparsity(tree: Params | Masks, *, where: Where = None) -> float | jax.Array:
     return sum(int(n) for n in jax.device_get(zeros)) / size
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("bits",), meta_fields=("length",))
+@_leaves.register(data=("bits",), meta=("length",))
 @dataclass(frozen=True)
-class PackedMask:
+class PackedMask(CompressedLeaf):
     """A mask of one bit per entry, packed along the last axis; see `jp.pack_masks`.
 
     Attributes:
-      bits: uint8 of shape `(..., ceil(length / 8))`, first entry in the lowest bit.
+      bits: uint8 of shape `(..., ceil(length / 8))`, see `_bits`.
       length: size of the mask's last axis; -1 for a scalar mask, held in `bits` of shape `(1,)`.
     """
 
@@ -101,17 +106,9 @@ class PackedMask:
         """bool."""
         return np.dtype(bool)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held: an eighth of the entries, each last axis rounded up to whole bytes."""
-        return int(np.prod(self.bits.shape))
-
     def materialize(self) -> Bool[Array, "..."]:
         """The mask, one byte per entry."""
-        if not self.bits.size:
-            return jnp.zeros(self.shape, bool)
-        bits = jnp.unpackbits(self.bits, axis=-1, bitorder="little")
-        mask = bits[..., : abs(self.length)].astype(bool)
+        mask = _bits.unpack(self.bits, 1, abs(self.length), signed=False).astype(bool)
         return mask if self.length >= 0 else mask[..., 0]
 
 
@@ -191,10 +188,7 @@ def _pack(path: str, mask: Any) -> PackedMask:
     if mask.dtype != jnp.bool_:
         raise TypeError(f"masks: leaf {path!r} has dtype {mask.dtype}, expected bool")
     length = mask.shape[-1] if mask.ndim else -1
-    if not mask.size:  # `packbits` takes no empty arrays
-        return PackedMask(jnp.zeros((*mask.shape[:-1], -(-length // 8)), jnp.uint8), length)
-    bits = jnp.packbits(mask.reshape(mask.shape or (1,)), axis=-1, bitorder="little")
-    return PackedMask(bits, length)
+    return PackedMask(_bits.pack(mask.reshape(mask.shape or (1,)), 1), length)
 
 
 def resolve(masks: Masks | MaskFn, params: Params) -> Masks:

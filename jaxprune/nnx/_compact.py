@@ -8,7 +8,8 @@ from flax import nnx
 
 from jaxprune import _trees
 from jaxprune._types import Masks
-from jaxprune.structure import SmallFunction
+from jaxprune.program import TraceCache
+from jaxprune.structure import CompactFunction
 from jaxprune.structure import compact as compact_function
 
 M = TypeVar("M", bound=nnx.Module)
@@ -61,20 +62,24 @@ def compact(
       ((4, 4), (1, 2))
     """
     graphdef, state = nnx.split(model)
-    small_fn, small_state = compact_function(
+    compact_fn, small_state = compact_function(
         _call_of(graphdef, type(model)),
         state,
         _for_state(masks, state),
         *args,
-        updates=lambda out: out[1],
+        updates=_new_state,
         fold=fold,
         verify=verify,
         **kwargs,
     )
     small = nnx.clone(model)
-    small.__class__ = _small_class(type(model), small_fn)
+    small.__class__ = _small_class(type(model), compact_fn)
     nnx.update(small, small_state)
     return small
+
+
+def _new_state(out: Any) -> Any:
+    return out[1]
 
 
 def _call_of(graphdef: Any, cls: type) -> Any:
@@ -98,15 +103,14 @@ def _for_state(masks: Masks, state: Any) -> Masks:
     return jax.tree.unflatten(treedef, [given.get(path, jnp.asarray(True)) for path in paths])
 
 
-def _small_class(cls: Any, small_fn: SmallFunction) -> Any:
+def _small_class(cls: Any, compact_fn: CompactFunction) -> Any:
     """A subclass whose call runs at smaller sizes, for whatever static attributes the module has then."""
-    functions: dict[Any, SmallFunction] = {}
+    functions = TraceCache()
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         graphdef, state = nnx.split(self)
-        if graphdef not in functions:
-            functions[graphdef] = small_fn.of(_call_of(graphdef, cls))
-        result, new = functions[graphdef](state, *args, **kwargs)
+        anew = lambda: compact_fn.of(_call_of(graphdef, cls), updates=_new_state)
+        result, new = functions.get(graphdef, anew)(state, *args, **kwargs)
         nnx.update(self, nnx.filter_state(new, nnx.Not(nnx.Param)))
         return result
 

@@ -1,20 +1,13 @@
 """Biases and batch normalisations: what is added to the results of products, and what scales them."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprune.program._flow import Flow
+from jaxprune.program._primitives import is_product
 from jaxprune.program._program import Operation, Program
-
-_SAME = (
-    "reshape",
-    "broadcast_in_dim",
-    "convert_element_type",
-    "transpose",
-    "squeeze",
-    "expand_dims",
-)
-_PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 class Norm(NamedTuple):
@@ -25,6 +18,8 @@ class Norm(NamedTuple):
       product_bias: added before.
       mean, var, scale, bias: its own.
       epsilon: a number.
+      values: numbers of the values between the product and the end.
+      others: what else reads a leaf or a value of it; empty where nothing does.
     """
 
     weight: int
@@ -34,88 +29,106 @@ class Norm(NamedTuple):
     scale: int | None
     bias: int | None
     epsilon: float
+    values: tuple[int, ...] = ()
+    others: tuple[str, ...] = ()
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """All its leaves."""
+        own = (self.weight, self.product_bias, self.mean, self.var, self.scale, self.bias)
+        return tuple(i for i in own if i is not None)
 
 
-def biases_of(program: Program, n_leaves: int) -> dict[int, int]:
-    """For each weight the leaf that is added to its product, where neither has another use."""
+class Pair(NamedTuple):
+    """A bias and the weight whose product it is added to.
+
+    Attributes:
+      weight, bias: leaf numbers.
+      others: what else reads one of them, or the product: where nothing does, it is empty.
+    """
+
+    weight: int
+    bias: int
+    others: tuple[str, ...]
+
+
+def biases_of(program: Program, n_leaves: int) -> list[Pair]:
+    """For each weight the leaf that is added to its product, in inner programs too."""
     walk = _Walk(program, n_leaves)
-    found: dict[int, int] = {}
-    for operation in program.operations:
-        if operation.primitive.name != "add":
+    found: dict[tuple[int, int], list[int]] = {}
+    for operation in walk.flow.operations:
+        if operation.name != "add":
             continue
         for product, other in (operation.ins, operation.ins[::-1]):
-            w, b = walk.kind(product, "product"), walk.kind(other, "leaf")
-            if w is not None and b is not None and walk.once(w[1], b[1], product):
-                found[w[1]] = b[1]
-    return found
+            w, b = walk.product(product), walk.flow.leaf(other)
+            if w is not None and b is not None:
+                found.setdefault((w, b), []).append(product)
+    pairs = {}
+    for (w, b), products in found.items():
+        pairs.setdefault(w, Pair(w, b, walk.others(products, (w, b), len(products))))
+    return list(pairs.values())
 
 
 def norms_of(program: Program, n_leaves: int) -> list[Norm]:
-    """Normalisations by running statistics that follow products, all of whose leaves have one use."""
+    """Normalisations by running statistics that follow products, in inner programs too.
+
+    The longest chain at each product: with scale and bias, if there are.
+    """
     walk = _Walk(program, n_leaves)
-    found = []
-    for end in walk.ends():
-        norm = walk.norm(end)
-        if norm is not None:
-            found.append(norm)
+    chains = [norm for norm in map(walk.norm, walk.ends()) if norm is not None]
     best: dict[int, Norm] = {}
-    for norm in found:  # the longest chain: with scale and bias, if there are
-        known = best.get(norm.weight)
-        length = lambda n: sum(x is not None for x in n)
-        if known is None or length(norm) > length(known):
+    for norm in chains:
+        if norm.weight not in best or len(norm.leaves) > len(best[norm.weight].leaves):
             best[norm.weight] = norm
-    leaves = [i for n in best.values() for i in n[:-1] if i is not None]
-    return [n for n in best.values() if all(leaves.count(i) == 1 for i in n[:-1] if i is not None)]
+    found = []
+    for norm in best.values():
+        alike = [other for other in chains if other.leaves == norm.leaves]
+        values = [number for other in alike for number in other.values]
+        found.append(norm._replace(others=walk.others(values, norm.leaves, len(alike))))
+    return found
 
 
 class _Walk:
-    """Which values are leaves, products and parts of normalisations, and how often each is read."""
+    """Which values are leaves, products and parts of normalisations."""
 
     def __init__(self, program: Program, n_leaves: int) -> None:
-        self.program = program
-        self.made: dict[int, Operation] = {}
-        self.reads: dict[int, int] = {}
-        for operation in program.operations:
-            for number in operation.ins:
-                self.reads[number] = self.reads.get(number, 0) + 1
-            for number in operation.outs:
-                self.made[number] = operation
-        for number in program.outputs:
-            self.reads[number] = self.reads.get(number, 0) + 1
-        self.leaves = {number: i for i, number in enumerate(program.inputs[:n_leaves])}
-        self.numbers = list(program.inputs[:n_leaves])
+        self.program, self.flow = program, Flow(program, n_leaves)
+        self.numbers = program.inputs[:n_leaves]
 
-    def root(self, number: int) -> int:
-        """What a value is, apart from its shape and type."""
-        while number in self.made and self.made[number].primitive.name in _SAME:
-            number = self.made[number].ins[0]
-        return number
+    def product(self, number: int) -> int | None:
+        """The weight of the product that a value is, if it is one with data."""
+        operation = self.maker(number)
+        if operation is None or not is_product(operation.name):
+            return None
+        sides = [self.flow.leaf(i) for i in operation.ins[:2]]
+        known = [i for i in sides if i is not None]
+        return known[0] if len(known) == 1 else None
 
-    def kind(self, number: int, wanted: str) -> tuple[str, int] | None:
-        """`("leaf", i)` or `("product", weight)`, if it is that."""
-        number = self.root(number)
-        if number in self.leaves:
-            return ("leaf", self.leaves[number]) if wanted == "leaf" else None
-        operation = self.made.get(number)
-        if wanted == "product" and operation and operation.primitive.name in _PRODUCTS:
-            sides = [self.leaves.get(self.root(i)) for i in operation.ins[:2]]
-            known = [i for i in sides if i is not None]
-            return ("product", known[0]) if len(known) == 1 else None
-        return None
+    def maker(self, number: int) -> Operation | None:
+        """The operation that makes a value, apart from views."""
+        return self.flow.makers.get(self.flow.root(number))
 
-    def once(self, weight: int, leaf: int, product: int) -> bool:
-        """Whether weight, leaf and product are each read once."""
-        numbers = (self.numbers[weight], self.numbers[leaf], self.root(product))
-        return all(self.reads.get(i, 0) == 1 for i in numbers)
+    def others(self, values: Iterable[int], leaves: Iterable[int], times: int) -> tuple[str, ...]:
+        """What else reads the values of some chains, each of which one operation should, or their leaves,
+        which as many operations should as there are chains.
+        """
+        wanted = {self.flow.root(number): 1 for number in values}
+        wanted |= {self.numbers[i]: times for i in leaves}
+        found: list[str] = []
+        for number, count in wanted.items():
+            readers = self.flow.readers(number)
+            if len(readers) != count:
+                sources = (x.source or x.name if x else "an output" for x in readers)
+                found.append(" and ".join(dict.fromkeys(sources)))
+        return tuple(dict.fromkeys(found))
 
     def ends(self) -> list[int]:
         """Values that a normalisation may end in."""
-        names = ("add", "mul")
-        return [op.outs[0] for op in self.program.operations if op.primitive.name in names]
+        return [op.outs[0] for op in self.flow.operations if op.name in ("add", "mul")]
 
     def sides(self, number: int, name: str) -> list[tuple[int, int]]:
-        operation = self.made.get(self.root(number))
-        if operation is None or operation.primitive.name != name:
+        operation = self.maker(number)
+        if operation is None or operation.name != name:
             return []
         a, b = operation.ins
         return [(a, b)] if name == "sub" else [(a, b), (b, a)]
@@ -123,50 +136,53 @@ class _Walk:
     def norm(self, number: int) -> Norm | None:
         """The normalisation that ends in a value, if one does."""
         for inner, bias in self.sides(number, "add"):
-            leaf = self.kind(bias, "leaf")
-            found = self._scaled(inner) if leaf else None
-            if found is not None and leaf is not None:
-                return found._replace(bias=leaf[1])
+            leaf = self.flow.leaf(bias)
+            found = self._scaled(inner) if leaf is not None else None
+            if found is not None:
+                return found._replace(bias=leaf, values=(*found.values, inner))
         return self._scaled(number)
 
     def _scaled(self, number: int) -> Norm | None:
         for centred, gain in self.sides(number, "mul"):
-            found = self._gain(gain)
-            base = self._centred(centred)
+            found, base = self._gain(gain), self._centred(centred)
             if found is not None and base is not None:
-                weight, product_bias, mean = base
-                var, scale, epsilon = found
-                return Norm(weight, product_bias, mean, var, scale, None, epsilon)
+                (weight, product_bias, mean, values), (var, scale, epsilon, more) = base, found
+                values = (*values, *more, centred, gain)
+                return Norm(weight, product_bias, mean, var, scale, None, epsilon, values)
+        for other, gain in self.sides(number, "mul"):  # (x * rsqrt) * scale
+            scale, inner = self.flow.leaf(gain), self._scaled(other)
+            if scale is not None and inner is not None and inner.scale is None:
+                return inner._replace(scale=scale, values=(*inner.values, other))
         return None
 
-    def _gain(self, number: int) -> tuple[int, int | None, float] | None:
+    def _gain(self, number: int) -> tuple[int, int | None, float, tuple[int, ...]] | None:
         for root, other in self.sides(number, "mul"):
-            leaf, inner = self.kind(other, "leaf"), self._gain(root)
+            leaf, inner = self.flow.leaf(other), self._gain(root)
             if leaf is not None and inner is not None and inner[1] is None:
-                return inner[0], leaf[1], inner[2]
-        operation = self.made.get(self.root(number))
-        if operation is None or operation.primitive.name != "rsqrt":
+                return inner[0], leaf, inner[2], (*inner[3], root)
+        operation = self.maker(number)
+        if operation is None or operation.name != "rsqrt":
             return None
         for var, constant in self.sides(operation.ins[0], "add"):
-            leaf, value = self.kind(var, "leaf"), self._constant(constant)
+            leaf, value = self.flow.leaf(var), self._constant(constant)
             if leaf is not None and value is not None:
-                return leaf[1], None, value
+                return leaf, None, value, operation.ins
         return None
 
     def _constant(self, number: int) -> float | None:
-        value: Any = self.program.constants.get(self.root(number))
+        value: Any = self.flow.constants.get(self.flow.root(number))
         return float(value) if value is not None and np.ndim(value) == 0 else None
 
-    def _centred(self, number: int) -> tuple[int, int | None, int] | None:
+    def _centred(self, number: int) -> tuple[int, int | None, int, tuple[int, ...]] | None:
         for value, mean in self.sides(number, "sub"):
-            leaf = self.kind(mean, "leaf")
-            if leaf is None or self.reads.get(self.root(value), 0) != 1:
+            leaf = self.flow.leaf(mean)
+            if leaf is None:
                 continue
-            product = self.kind(value, "product")
-            if product is not None:
-                return product[1], None, leaf[1]
+            weight = self.product(value)
+            if weight is not None:
+                return weight, None, leaf, (value,)
             for inner, bias in self.sides(value, "add"):
-                product, other = self.kind(inner, "product"), self.kind(bias, "leaf")
-                if product is not None and other is not None:
-                    return product[1], other[1], leaf[1]
+                weight, other = self.product(inner), self.flow.leaf(bias)
+                if weight is not None and other is not None:
+                    return weight, other, leaf, (inner, value)
         return None

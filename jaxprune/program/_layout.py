@@ -5,14 +5,20 @@ A product is computed as `dot_general(x, w)` with `w` as it is stored and `x` of
 (batch…, planes, rows, free…), free axes of `w` as they are stored.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._trees import is_few
 from jaxprune.program._program import Operation
-from jaxprune.program._track import Held
+from jaxprune.program._track import Tracked
+
+_TINY = 1 << 14
+"""Multiply-adds up to which int8 operands are widened: XLA for CPU (JAX 0.10) makes invalid code of
+smaller int8 products within loops."""
 
 
 class Layout(NamedTuple):
@@ -32,13 +38,13 @@ class Layout(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of the other operand, for each entry of the batch axes."""
-        return int(np.prod(self.sizes))
+        """Rows of the other operand, for each entry of the batch axes; symbolic where a size is."""
+        return math.prod(self.sizes)
 
     @property
     def depth(self) -> int:
         """Products in each sum."""
-        return int(np.prod([self.shape[i] for i in self.contract]))
+        return math.prod(self.shape[i] for i in self.contract)
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -63,6 +69,8 @@ class Layout(NamedTuple):
 
     def dot(self, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
         """The product of standard `x` with `w` as it is stored, accumulated in `dtype`."""
+        if dtype == jnp.int32 and is_few(x.size * int(np.prod(self.columns)), _TINY):
+            x, w = x.astype(jnp.int32), w.astype(jnp.int32)
         batch, contract = range(1, 1 + len(self.batch)), range(2 + len(self.batch), x.ndim)
         if not self.batch:  # two plain matrices suit compilers best
             flat = x.reshape(-1, *x.shape[2:])
@@ -73,17 +81,17 @@ class Layout(NamedTuple):
         return jax.lax.dot_general(x, w, dims, preferred_element_type=dtype)
 
 
-def layout_of(operation: Operation, held: Held, x: Any, side: int) -> Layout:
-    """How a `dot_general` with `held` on `side` (0 or 1) reads it."""
+def layout_of(operation: Operation, tracked: Tracked, x: Any, side: int) -> Layout:
+    """How a `dot_general` with `tracked` on `side` (0 or 1) reads it."""
     contract, batch = operation.params["dimension_numbers"]
-    rank = len(held.order)
-    stored = lambda axes: tuple(held.order[i] + rank for i in axes)
+    rank = len(tracked.order)
+    stored = lambda axes: tuple(tracked.order[i] + rank for i in axes)
     used = (*contract[side], *batch[side])
     free = sorted(stored(i for i in range(rank) if i not in used))
     other = (*contract[1 - side], *batch[1 - side])
     sizes = tuple(n for i, n in enumerate(np.shape(x)) if i not in other)
     return Layout(
-        tuple(held.array.shape), stored(batch[side]), stored(contract[side]), tuple(free), sizes
+        tuple(tracked.array.shape), stored(batch[side]), stored(contract[side]), tuple(free), sizes
     )
 
 
@@ -96,14 +104,14 @@ def standard(operation: Operation, x: jax.Array, side: int, layout: Layout) -> j
     return x.reshape(*lead, layout.rows, *tail)
 
 
-def restored(y: jax.Array, held: Held, side: int, layout: Layout) -> jax.Array:
+def restored(y: jax.Array, tracked: Tracked, side: int, layout: Layout) -> jax.Array:
     """A result (batch…, rows, free…) with its axes as the program expects them."""
-    n_batch, rank = len(layout.batch), len(held.order)
+    n_batch, rank = len(layout.batch), len(tracked.order)
     lead = y.shape[:n_batch]
     y = y.reshape(*lead, *layout.sizes, *layout.columns)
     n_x = len(layout.sizes)
     # free axes in the order in which the program reads them
-    read = [axis + rank for axis in held.order if axis + rank in layout.free]
+    read = [axis + rank for axis in tracked.order if axis + rank in layout.free]
     mine = [n_batch + n_x + layout.free.index(axis) for axis in read]
     theirs = list(range(n_batch, n_batch + n_x))
     after = [*mine, *theirs] if side == 0 else [*theirs, *mine]

@@ -1,31 +1,31 @@
-"""Running operations that hold programs (loops, branches, shards) with other inner programs."""
+"""Operations that hold programs: how operands become their inputs, and how to run them otherwise."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import jaxpr_as_fun
 
 from jaxprune.program._program import Operation
 
-Turn = Callable[..., list[Any]]
+Iteration = Callable[..., list[Any]]
+"""An inner program as a function of its inputs."""
 
 
 def split_scan(params: dict[str, Any]) -> tuple[int, int]:
-    """How many operands every turn reads, and how many it carries; in any supported JAX version."""
+    """How many operands every iteration reads, and how many it carries; in any supported JAX version."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry = params["ft_in"].unpack()[:2]
     return len(consts.vals), len(carry.vals)
 
 
-def _run_scan(params: dict[str, Any], turns: list[Turn], operands: list[Any]) -> list[Any]:
+def _run_scan(params: dict[str, Any], bodies: list[Iteration], operands: list[Any]) -> list[Any]:
     n_consts, n_carry = split_scan(params)
     first = n_consts + n_carry
     consts, start, slices = operands[:n_consts], operands[n_consts:first], operands[first:]
 
     def step(carry: Any, xs: Any) -> Any:
-        results = turns[0](*consts, *carry, *xs)
+        results = bodies[0](*consts, *carry, *xs)
         return results[:n_carry], results[n_carry:]
 
     carry, stacked = jax.lax.scan(
@@ -39,23 +39,24 @@ def _run_scan(params: dict[str, Any], turns: list[Turn], operands: list[Any]) ->
     return [*carry, *stacked]
 
 
-def _run_while(params: dict[str, Any], turns: list[Turn], operands: list[Any]) -> list[Any]:
+def _run_while(params: dict[str, Any], bodies: list[Iteration], operands: list[Any]) -> list[Any]:
     a = params["cond_nconsts"]
     b = a + params["body_nconsts"]
+    n_carry = len(params["body_jaxpr"].out_avals)  # further ones are carried for the body alone
     return jax.lax.while_loop(
-        lambda carry: turns[0](*operands[:a], *carry)[0],
-        lambda carry: turns[1](*operands[a:b], *carry),
+        lambda carry: bodies[0](*operands[:a], *carry[:n_carry])[0],
+        lambda carry: bodies[1](*operands[a:b], *carry),
         list(operands[b:]),
     )
 
 
-def _run_cond(params: dict[str, Any], turns: list[Turn], operands: list[Any]) -> list[Any]:
-    return jax.lax.switch(operands[0], turns, *operands[1:])
+def _run_cond(params: dict[str, Any], bodies: list[Iteration], operands: list[Any]) -> list[Any]:
+    return jax.lax.switch(operands[0], bodies, *operands[1:])
 
 
-def _run_shards(params: dict[str, Any], turns: list[Turn], operands: list[Any]) -> list[Any]:
+def _run_shards(params: dict[str, Any], bodies: list[Iteration], operands: list[Any]) -> list[Any]:
     mapped = jax.shard_map(
-        lambda *xs: tuple(turns[0](*xs)),
+        lambda *xs: tuple(bodies[0](*xs)),
         mesh=params["mesh"],
         in_specs=tuple(params["in_specs"]),
         out_specs=tuple(params["out_specs"]),
@@ -65,62 +66,51 @@ def _run_shards(params: dict[str, Any], turns: list[Turn], operands: list[Any]) 
     return list(mapped(*operands))
 
 
-RUN: dict[str, Callable[[dict[str, Any], list[Turn], list[Any]], list[Any]]] = {
-    "scan": _run_scan,
-    "while": _run_while,
-    "cond": _run_cond,
-    "shard_map": _run_shards,
-}
-"""The operation again, with other inner programs: `(params, inner programs, operands) -> results`."""
+def _run_open(params: dict[str, Any], bodies: list[Iteration], operands: list[Any]) -> list[Any]:
+    return bodies[0](*operands)
 
 
-def carries_of(operation: Operation, operands: list[Any]) -> jax.Array:
-    """The largest floating carry of a scan, before each turn and after the last: (turns + 1, ...)."""
-    n_consts, n_carry = split_scan(operation.params)
-    consts, first = operands[:n_consts], n_consts + n_carry
-    start, slices = list(operands[n_consts:first]), list(operands[first:])
-    floats = [i for i, x in enumerate(start) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)]
-    main = max(floats, key=lambda i: start[i].size)
-    turn = jaxpr_as_fun(operation.params["jaxpr"])
-
-    def step(carry: Any, xs: Any) -> Any:
-        return list(turn(*consts, *carry, *xs)[:n_carry]), carry[main]
-
-    last, before = jax.lax.scan(
-        step, start, slices, length=operation.params["length"], reverse=operation.params["reverse"]
-    )
-    if operation.params["reverse"]:
-        return jax.numpy.concatenate([last[main][None], before])
-    return jax.numpy.concatenate([before, last[main][None]])
-
-
-class NestedRun(NamedTuple):
-    """A loop or branch that may run with other inner programs.
+class Nesting(NamedTuple):
+    """How a nested operation runs its programs.
 
     Attributes:
-      jaxprs: its inner programs.
-      reads: whether every turn only reads an operand, given its position.
-      slices: whether every turn gets a slice of it.
-      run: `(params, inner programs as functions, operands) -> results`.
+      hows: how each operand gets in: `"read"` as it is, `"slice"` by slice, `"carry"` from iteration to
+        iteration, `"shard"` split over devices.
+      operands: per program the operand that each of its inputs comes from.
+      results: how each result of the last program gets out: `"read"`, `"carry"`, `"stack"`, `"branch"`
+        (one of all programs) or `"shard"`.
+      run: `(params, programs as functions, operands) -> results`.
     """
 
-    jaxprs: list[Any]
-    reads: Callable[[int], bool]
-    slices: Callable[[int], bool]
-    run: Callable[[dict[str, Any], list[Turn], list[Any]], list[Any]]
+    hows: tuple[str, ...]
+    operands: tuple[tuple[int, ...], ...]
+    results: tuple[str, ...]
+    run: Callable[[dict[str, Any], list[Iteration], list[Any]], list[Any]]
 
 
-def nested_run(operation: Operation) -> NestedRun | None:
-    """How to run an operation with other inner programs; `None` for one that has none."""
-    name, params = operation.primitive.name, operation.params
+def nesting_of(operation: Operation) -> Nesting | None:
+    """How an operation runs its programs; `None` for one that has none, or takes other operands."""
+    params, n, m = operation.params, len(operation.ins), len(operation.outs)
+    name, every = operation.name, tuple(range(n))
+    if not operation.inner:
+        return None
     if name == "scan":
         n_consts, n_carry = split_scan(params)
-        first = n_consts + n_carry
-        return NestedRun([params["jaxpr"]], lambda i: i < n_consts, lambda i: i >= first, _run_scan)
-    if name == "while":
-        read = params["cond_nconsts"] + params["body_nconsts"]
-        jaxprs = [params["cond_jaxpr"], params["body_jaxpr"]]
-        return NestedRun(jaxprs, lambda i: i < read, lambda i: False, _run_while)
-    if name == "cond":
-        return NestedRun(list(params["branches"]), lambda i: i > 0, lambda i: False, _run_cond)
-    return None
+        hows = ("read",) * n_consts + ("carry",) * n_carry + ("slice",) * (n - n_consts - n_carry)
+        results = ("carry",) * n_carry + ("stack",) * (m - n_carry)
+        found = Nesting(hows, (every,), results, _run_scan)
+    elif name == "while":
+        a = params["cond_nconsts"]
+        b = a + params["body_nconsts"]
+        hows = ("read",) * b + ("carry",) * (n - b)
+        operands = (every[:a] + every[b:], every[a:])
+        found = Nesting(hows, operands, ("carry",) * m, _run_while)
+    elif name == "cond":
+        branches = (every[1:],) * len(operation.inner)
+        found = Nesting(("read",) * n, branches, ("branch",) * m, _run_cond)
+    elif name == "shard_map":
+        found = Nesting(("shard",) * n, (every,), ("shard",) * m, _run_shards)
+    else:
+        found = Nesting(("read",) * n, (every,), ("read",) * m, _run_open)
+    pairs = zip(operation.inner, found.operands, strict=True)
+    return found if all(len(program.inputs) == len(own) for program, own in pairs) else None

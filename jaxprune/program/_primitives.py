@@ -15,11 +15,11 @@ class Kind(StrEnum):
     """What a primitive does.
 
     IDENTITY: hands its operands on. CAST: the same numbers, rounded. VIEW: all entries of one operand
-    under other axes. PART: some of them. JOIN: several operands, or padding, side by side. PRODUCT: sums of
-    products of two operands. ELEMENTWISE: entry by entry. REDUCTION, CUMULATIVE, WINDOW: sums and the like,
-    over axes, along one, of neighbours. REORDER: entries in another order. LOOKUP, UPDATE: reads and
-    writes by computed index. COLLECTIVE: exchange between devices. GENERATED: made from nothing. NESTED:
-    runs programs of its own. OPENED: one that `trace_program` replaces by the operations of its program.
+    under other axes. PART: some of them. JOIN: several operands, or padding, side by side. PRODUCT:
+    sums of products of two operands. ELEMENTWISE: entry by entry. REDUCTION, CUMULATIVE, WINDOW: sums
+    and the like, over axes, along one, of neighbours. REORDER: entries in another order. LOOKUP, UPDATE:
+    reads and writes by computed index. COLLECTIVE: exchange between devices. GENERATED: made from
+    nothing. NESTED: runs programs of its own. OPENED: `trace_program` puts its operations in its place.
     """
 
     IDENTITY = "identity"
@@ -52,6 +52,8 @@ class Primitive:
       is_transcendental: it computes, but no floating-point operations are counted, as in XLA.
       preserves_zero: the result is zero where all operands are.
       absorbs_zero: the result is zero where any operand is.
+      neutral: the right operand that leaves the left one as it is; the left one too, if it commutes.
+      commutes: operands may change places.
       programs: names of the parameters that hold its inner programs.
     """
 
@@ -60,6 +62,8 @@ class Primitive:
     is_transcendental: bool = False
     preserves_zero: bool = False
     absorbs_zero: bool = False
+    neutral: int | None = None
+    commutes: bool = False
     programs: tuple[str, ...] = ()
 
 
@@ -102,11 +106,16 @@ PRIMITIVES: Mapping[str, Primitive] = {
         is_transcendental=True,
     ),
     **_rows("clz is_finite not one_minus_square population_count", _ELEMENTWISE),
-    **_rows("add add_any sub max min or xor nextafter clamp", _ELEMENTWISE, preserves_zero=True),
+    **_rows("add add_any or xor", _ELEMENTWISE, preserves_zero=True, neutral=0, commutes=True),
+    **_rows("sub", _ELEMENTWISE, preserves_zero=True, neutral=0),
+    **_rows("max min", _ELEMENTWISE, preserves_zero=True, commutes=True),
+    **_rows("nextafter clamp", _ELEMENTWISE, preserves_zero=True),
     **_rows("select_n", _ELEMENTWISE, is_free=True, preserves_zero=True),
-    **_rows("mul and", _ELEMENTWISE, preserves_zero=True, absorbs_zero=True),
+    **_rows("mul", _ELEMENTWISE, preserves_zero=True, absorbs_zero=True, neutral=1, commutes=True),
+    **_rows("and", _ELEMENTWISE, preserves_zero=True, absorbs_zero=True, commutes=True),
+    **_rows("div", _ELEMENTWISE, neutral=1),
     **_rows(
-        "div rem pow atan2 eq ne lt le gt ge eq_to le_to lt_to shift_left shift_right_logical "
+        "rem pow atan2 eq ne lt le gt ge eq_to le_to lt_to shift_left shift_right_logical "
         "shift_right_arithmetic complex polygamma zeta igamma igammac igamma_grad_a "
         "random_gamma_grad regularized_incomplete_beta",
         _ELEMENTWISE,
@@ -137,6 +146,9 @@ PRIMITIVES: Mapping[str, Primitive] = {
         preserves_zero=True,
     ),
     **_rows("iota random_bits rng_uniform empty2", Kind.GENERATED, is_free=True),
+    # links between a nested operation and its programs, see `Flow`
+    "enter": Primitive(Kind.IDENTITY, is_free=True, preserves_zero=True),
+    "iterate": Primitive(Kind.VIEW, is_free=True, preserves_zero=True),
     "scan": Primitive(Kind.NESTED, programs=("jaxpr",)),
     "while": Primitive(Kind.NESTED, programs=("cond_jaxpr", "body_jaxpr")),
     "cond": Primitive(Kind.NESTED, programs=("branches",)),

@@ -1,31 +1,23 @@
-"""A traced function as a flat list of operations.
+"""A traced function as a list of operations on numbered values.
 
 `jit`, `remat`, `custom_jvp` and the like are opened, so that whoever walks the list sees only primitives
-that compute, in order, without recursion. `custom_vjp` stays closed, since its gradient is its own; so do
-loops and branches, whose programs are walked by their rules.
+that compute, in order. `custom_vjp`, whose gradient is its own, loops and branches stay operations, with
+programs of their own; numbers of values are unique throughout, inner programs included.
 """
 
 import inspect
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-_OPENED = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-}
-
+from jaxprune import _trees
+from jaxprune._types import is_compressed
+from jaxprune.program._inputs import inputs_of
+from jaxprune.program._primitives import Kind, primitive
 
 _NOT_THE_USERS = ("/jax/", "/flax/", "/jaxprune/program/", "/jaxprune/graph/")
 
@@ -43,6 +35,7 @@ class Operation:
       is_relu: it is the maximum inside `jax.nn.relu`, whose derivative at 0 is 0.
       effects: it does something besides computing its results, such as printing.
       scope: the name scopes that it lies in, '/'-joined.
+      inner: its programs, where it has any: the body of a loop, the branches of a condition.
     """
 
     primitive: Any
@@ -53,6 +46,17 @@ class Operation:
     is_relu: bool = False
     effects: bool = False
     scope: str = ""
+    inner: "tuple[Program, ...]" = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the primitive."""
+        return self.primitive.name
+
+    @property
+    def is_link(self) -> bool:
+        """Whether it only ties an inner program to what is around it, see `Flow`."""
+        return not hasattr(self.primitive, "bind")
 
 
 @dataclass
@@ -60,7 +64,7 @@ class Program:
     """A function as operations on numbered values.
 
     Attributes:
-      avals: shape and dtype of each value.
+      avals: shape and dtype of each value, by number; inner programs share it.
       constants: arrays and scalars known at tracing time, by value number.
       inputs: value numbers of the flattened arguments.
       operations: in order of execution.
@@ -76,44 +80,9 @@ class Program:
     out_tree: Any = None
 
 
-class Inputs(NamedTuple):
-    """The arguments after the parameters: arrays, which are traced, and all else, which is not.
-
-    Attributes:
-      arrays: arrays, their shapes, and floats, in flatten order.
-      key: tells apart arguments for which a function must be traced anew.
-      rebuild: `arrays -> (args, kwargs)`.
-    """
-
-    arrays: list[Any]
-    key: Hashable
-    rebuild: Callable[[list[Any]], tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """Takes arguments apart. Bools, ints, strings and objects keep their value, as in `train=False`."""
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    traced = [i for i, x in enumerate(leaves) if isinstance(x, float) or hasattr(x, "dtype")]
-    static = [None if i in set(traced) else x for i, x in enumerate(leaves)]
-    arrays = [leaves[i] for i in traced]
-
-    def rebuild(arrays: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        full = list(static)
-        for i, x in zip(traced, arrays, strict=True):
-            full[i] = x
-        return jax.tree.unflatten(treedef, full)
-
-    shapes = tuple((np.shape(x), _dtype_of(x)) for x in arrays)
-    names = tuple(x if isinstance(x, Hashable) else id(x) for x in static)
-    return Inputs(arrays, (treedef, shapes, names, tuple(traced)), rebuild)
-
-
-def _dtype_of(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else float
-
-
 def trace_program(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Program:
-    """Traces `fn` once, abstractly, and flattens it. Arguments may be `jax.ShapeDtypeStruct`.
+    """Traces `fn` once, abstractly, and flattens it. Arguments may be `jax.ShapeDtypeStruct`; compressed
+    leaves of the parameters count as the dense arrays that they stand for.
 
     The inputs of the program are the leaves of `params` and the arrays of `inputs_of(args, kwargs)`.
 
@@ -131,6 +100,7 @@ def trace_program(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
     except ValueError:  # some callables have no signature
         pass
     inputs = inputs_of(args, kwargs)
+    params = jax.tree.map(_trees.abstract, params, is_leaf=is_compressed)
 
     def of_arrays(params: Any, arrays: list[Any]) -> Any:
         args, kwargs = inputs.rebuild(arrays)
@@ -164,12 +134,18 @@ def _drop_unused(program: Program) -> None:
     program.constants = {i: value for i, value in program.constants.items() if i in needed}
 
 
-def open_program(jaxpr: Any) -> Program:
-    """A (closed) jaxpr as a program."""
-    program = Program()
-    program.inputs = [_new(program, var.aval) for var in _invars(jaxpr)]
-    program.outputs = _open(program, jaxpr, program.inputs)
-    return program
+def _inner(program: Program, eqn: Any) -> tuple[Program, ...]:
+    """The programs of a nested operation, their values numbered with those around."""
+    known, found = primitive(eqn.primitive.name), []
+    if known.kind is Kind.NESTED:
+        for name in known.programs:
+            given = eqn.params[name]
+            for jaxpr in given if isinstance(given, tuple) else (given,):
+                inner = Program(program.avals)
+                inner.inputs = [_new(inner, var.aval) for var in _invars(jaxpr)]
+                inner.outputs = _open(inner, jaxpr, inner.inputs)
+                found.append(inner)
+    return tuple(found)
 
 
 def _new(program: Program, aval: Any) -> int:
@@ -204,10 +180,11 @@ def _open(
 
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
-        inner = eqn.params.get(_OPENED.get(eqn.primitive.name, ""))
+        around = "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
+        known = primitive(eqn.primitive.name)
+        inner = eqn.params.get(known.programs[0]) if known.kind is Kind.OPENED else None
         if inner is not None and len(_invars(inner)) == len(operands):
             named = eqn.params.get("name") == "relu"
-            around = "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
             results = _open(program, inner, operands, is_relu=is_relu or named, scope=around)
         else:
             results = [_new(program, var.aval) for var in eqn.outvars]
@@ -220,7 +197,8 @@ def _open(
                     _source(eqn),
                     is_relu and eqn.primitive.name == "max",
                     bool(eqn.effects),
-                    "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part),
+                    around,
+                    _inner(program, eqn),
                 )
             )
         env.update(zip(eqn.outvars, results, strict=True))

@@ -54,18 +54,15 @@ def joined(found: list[Use], shape: tuple[int, ...]) -> Uses:
     axes: dict[str, list[int]] = {role: [] for role in _ROLES}
     told = []
     for axis in range(-len(shape), 0):
-        having = {
-            role: use.source
-            for use in telling[::-1]
-            for role in _ROLES
-            if axis in getattr(use, role)
-        }
+        having: dict[str, str] = {}
+        for use in telling:
+            for role in _ROLES:
+                if axis in getattr(use, role):
+                    having.setdefault(role, use.source)
         if not having:
             continue
         # layers never share a scale; else the first use has the say
-        first = next(use for use in telling if any(axis in getattr(use, role) for role in _ROLES))
-        role = next(r for r in _ROLES if axis in getattr(first, r))
-        axes["stacked" if "stacked" in having else role].append(axis)
+        axes["stacked" if "stacked" in having else next(iter(having))].append(axis)
         if len(having) > 1:
             told.append(
                 f"axis {axis} is " + " and ".join(f"{r} at {at}" for r, at in having.items())

@@ -16,9 +16,9 @@ import numpy as np
 from jaxprune import _trees
 from jaxprune._types import Params, PyTree
 from jaxprune._uses import UseKind, Uses
-from jaxprune.program._nested import split_scan
+from jaxprune.program._nested import nesting_of
 from jaxprune.program._primitives import Kind, primitive
-from jaxprune.program._program import Operation, Program, open_program, trace_program
+from jaxprune.program._program import Operation, Program, trace_program
 from jaxprune.program._roles import Use, is_weight, joined, use_of
 from jaxprune.program._views import (
     CONSTANT,
@@ -142,7 +142,7 @@ class _Walk:
         shapes: list[tuple[int, ...]],
         outs: list[tuple[int, ...]],
     ) -> list[Value]:
-        name = operation.primitive.name
+        name = operation.name
         known = primitive(name)
         if known.kind is Kind.NESTED:
             return self._nested(operation, ins, outs)
@@ -154,26 +154,30 @@ class _Walk:
             return [self._picked(operation, ins, shapes[0], outs[0])]
         if known.kind in (Kind.VIEW, Kind.PART, Kind.REORDER, Kind.JOIN, Kind.REDUCTION):
             found = moved(name, operation.params, ins, shapes, outs)
-            if found is not None:
+            if found is not None and any(axis for x in found for v in x.views for axis in v.axes):
                 return found
         if known.kind is Kind.ELEMENTWISE:
             return [self._elementwise(operation, ins, shapes, outs[0])]
+        return self._lost(operation, ins, len(outs))
+
+    def _lost(self, operation: Operation, ins: list[Value], count: int) -> list[Value]:
+        """An operation after which axes are known no more."""
         for value in ins:
             self.note(value, "other", operation.source)
-        return [mixed(ins)] * len(outs)
+        return [DATA if any(x.is_data for x in ins) else CONSTANT] * count
 
     def _product(
         self, operation: Operation, ins: list[Value], shapes: list[tuple[int, ...]]
     ) -> Value:
         params = operation.params
-        if operation.primitive.name == "dot_general":
+        if operation.name == "dot_general":
             contract, batch = params["dimension_numbers"]
             ranks = [len(shape) for shape in shapes]
-            if all(x.is_parameter for x in ins):
+            if not any(x.is_data for x in ins):
                 return self._among_parameters(operation.source, ins, ranks, contract, batch)
             for side in (0, 1):
                 self._factor(operation, ins[side], ranks[side], contract[side], batch[side])
-        elif operation.primitive.name == "conv_general_dilated":
+        elif operation.name == "conv_general_dilated":
             numbers, value = params["dimension_numbers"].rhs_spec, ins[1]
             groups = params["feature_group_count"] * params["batch_group_count"]
             for view in () if value.is_data else value.views:
@@ -263,7 +267,7 @@ class _Walk:
         if not table.views:
             return mixed(ins)
         sizes = operation.params["slice_sizes"]
-        if operation.primitive.name == "dynamic_slice":
+        if operation.name == "dynamic_slice":
             one = [i for i, (n, k) in enumerate(zip(sizes, shape, strict=True)) if k > n == 1]
             return table.mapped(lambda view: sliced(view, one, out))
         numbers = operation.params["dimension_numbers"]
@@ -296,50 +300,45 @@ class _Walk:
     def _nested(
         self, operation: Operation, ins: list[Value], outs: list[tuple[int, ...]]
     ) -> list[Value]:
-        name, params = operation.primitive.name, operation.params
-        if name == "scan":
-            n_consts, n_carry = split_scan(params)
-            first = n_consts + n_carry
-            body = open_program(params["jaxpr"])
-            layers = [x.mapped(lambda view: view.dropping([0])) for x in ins[first:]]
-            run = lambda carry: self.run(body, [*ins[:n_consts], *carry, *layers])
-            carry, results = _until_settled(run, ins[n_consts:first])
-            stacked = [x.mapped(with_axis) for x in results[n_carry:]]
-            return [*carry, *stacked]
-        if name == "while":
-            a = params["cond_nconsts"]
-            b = a + params["body_nconsts"]
-            body, test = open_program(params["body_jaxpr"]), open_program(params["cond_jaxpr"])
-            carry, _ = _until_settled(lambda carry: self.run(body, [*ins[a:b], *carry]), ins[b:])
-            self.run(test, [*ins[:a], *carry])
-            return carry
-        if name == "cond":
-            branches = [self.run(open_program(jaxpr), ins[1:]) for jaxpr in params["branches"]]
-            return [mixed(values) for values in zip(*branches, strict=True)]
-        inner = [params[key] for key in primitive(name).programs if key in params]
-        program = open_program(inner[0]) if len(inner) == 1 else None
-        if program is None or len(program.inputs) != len(ins):
-            for value in ins:
-                self.note(value, "other", operation.source)
-            return [mixed(ins)] * len(outs)
-        local = [
-            x.mapped(lambda view, n=number: resized(view, tuple(program.avals[n].shape)))
-            for x, number in zip(ins, program.inputs, strict=True)
+        nesting = nesting_of(operation)
+        if nesting is None:
+            return self._lost(operation, ins, len(outs))
+        ready = [
+            x.mapped(lambda view: view.dropping([0])) if how == "slice" else x
+            for x, how in zip(ins, nesting.hows, strict=True)
         ]
-        return self.run(program, local)
+        carries = [i for i, how in enumerate(nesting.hows) if how == "carry"]
+        while True:
+            results = [
+                self.run(
+                    program,
+                    [
+                        _local(ready[i], program, n)
+                        for i, n in zip(own, program.inputs, strict=True)
+                    ],
+                )
+                for program, own in zip(operation.inner, nesting.operands, strict=True)
+                for pairs in [list(zip(own, program.inputs, strict=True))]
+            ]
+            after = [
+                mixed([ready[i], result]) for i, result in zip(carries, results[-1], strict=False)
+            ]
+            if after == [ready[i] for i in carries]:
+                break
+            for i, value in zip(carries, after, strict=True):
+                ready[i] = value
+        # one result of every branch, or of the last program
+        found = [
+            mixed([each[i] for each in results]) if how == "branch" else results[-1][i]
+            for i, how in enumerate(nesting.results)
+        ]
+        return [
+            value.mapped(with_axis) if how == "stack" else value
+            for value, how in zip(found, nesting.results, strict=True)
+        ]
 
 
-def _until_settled(
-    run: Callable[[list[Value]], list[Value]], start: list[Value]
-) -> tuple[list[Value], list[Value]]:
-    """What a loop carries, once another iteration changes nothing, and the results of its body."""
-    carry = list(start)
-    while True:
-        results = run(carry)
-        after = [
-            DATA if a.is_data or b.is_data else mixed([a, b])
-            for a, b in zip(carry, results, strict=False)
-        ]
-        if after == carry:
-            return carry, results
-        carry = after
+def _local(value: Value, program: Program, number: int) -> Value:
+    """A value as an inner program has it: on one device, its part."""
+    shape = tuple(getattr(program.avals[number], "shape", ()))
+    return value.mapped(lambda view: resized(view, shape))

@@ -192,7 +192,7 @@ def moved(
         return [mixed([x.mapped(put) for x in ins])]
     if name == "tile":
         return [value.mapped(lambda v: _fitted(v, v.axes, out))] if len(shape) == len(out) else None
-    if name in ("concatenate", "pad", "rev"):
+    if primitive(name).kind is Kind.JOIN or name == "rev":
         return [mixed([x.mapped(lambda v: _fitted(v, v.axes, out)) for x in ins if x.views])]
     if primitive(name).kind is Kind.REDUCTION and name.startswith("reduce_"):
         gone = set(params["axes"])

@@ -1,55 +1,57 @@
 """The leaf that trains for quantization."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
+from jaxprune import _leaves
+from jaxprune._types import CompressedLeaf, check_float
 from jaxprune.quantize import (
     QuantizedArray,
     Spec,
     from_levels,
     integer_range,
-    on_grid,
     quantize,
     quantize_with,
     reciprocal,
+    round_ste,
+    scale_gradient,
     scale_of,
-    slowed,
     spread,
     to_levels,
 )
 
-_SMALLEST = 1e-8  # a step that training drove to 0 or below
+FIRST = 2.0
+"""The learned exponent at which the scale is that of the weight's magnitude: some way from 0, to where
+decay pulls, and yet not far."""
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("value", "step", "zero_point", "mask"),
-    meta_fields=("spec",),
-)
+@_leaves.register(data=("value", "step"), meta=("spec", "pruned"))
 @dataclass(frozen=True)
-class QATArray:
+class QATArray(CompressedLeaf):
     """A weight in training, read as what its quantized form will be.
+
+    All its children are floats that train: any optimizer, decay or average may move them. The scale is
+    positive by its parametrisation, `base * 2 ** (step - 2)`, where `base` is LSQ's first step
+    `2 mean|w| / sqrt(q)`, at most the range of the weight now. With a zero point, `base` is the whole
+    range, and the zero point follows from the weight too.
 
     Attributes:
       value: the float weight that the optimizer moves.
-      step: the scale that training learns, laid out as in `QuantizedArray`; `None`: from the weight's
-        range, in each step anew.
-      zero_point: float whole numbers like `step`, or `None` (symmetric, or from the range).
-      mask: True = keep, broadcasting; pruned weights are exactly 0. Or `None`.
+      step: the exponent of the learned scale, laid out as scales of `QuantizedArray` are; `None`: the
+        scale is that of the weight's range, in each step anew.
       spec: the format.
+      pruned: weights that are exactly 0 are pruned: they get no gradient, and stay 0 under every
+        optimizer that leaves weights without gradients alone.
     """
 
     value: Array
     step: Array | None
-    zero_point: Array | None
-    mask: Array | None
     spec: Spec
+    pruned: bool = False
 
     is_trained: ClassVar[bool] = True
 
@@ -64,26 +66,26 @@ class QATArray:
         return self.value.dtype
 
     @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
+    def scale(self) -> Array:
+        """The scale now."""
+        return self._grid()[0]
 
     @property
-    def size(self) -> int:
-        """Number of entries."""
-        return int(np.prod(self.shape))
+    def zero_point(self) -> Array | None:
+        """The level of 0 now, whole numbers; or `None` (symmetric)."""
+        return self._grid()[1]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in training."""
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+    def astype(self, dtype: Any) -> "QATArray":
+        """The same in another float type."""
+        check_float(dtype)
+        return QATArray(self.value.astype(dtype), self.step, self.spec, self.pruned)
 
     def materialize(self) -> Float[Array, "..."]:
-        """The weight on its grid, with the values of `converted`. Gradients: to `value` as through a
-        clip, to `step` as in LSQ.
+        """The weight on its grid, with the values of `converted`. Gradients: to `value` straight through,
+        also where it is clipped (the range follows the weight), to `step` as in LSQ.
         """
         x = self._kept()
-        scale, zero = self._scale()
+        scale, zero = self._grid()
         exact = from_levels(
             to_levels(x, reciprocal(scale), zero, self.spec), scale, zero, self.spec, x.dtype
         )
@@ -91,23 +93,54 @@ class QATArray:
             through = x
         else:
             low, high = integer_range(self.spec)
-            step = slowed(scale, 1.0 / (self.size / scale.size * high) ** 0.5)
+            scale = scale_gradient(scale, 1.0 / (self.size / scale.size * high) ** 0.5)
             offset = jnp.zeros(()) if zero is None else spread(zero, x.shape)
-            through = on_grid(x, spread(step, x.shape), offset, low, high, residual=True)
-        return through + jax.lax.stop_gradient(exact - through)
+            still, spread_scale = jax.lax.stop_gradient(x), spread(scale, x.shape)
+            learned = round_ste(still, spread_scale, offset, low, high, residual=True)
+            through = learned + (x - still)
+        return (through + jax.lax.stop_gradient(exact - through)).astype(self.dtype)
 
     def converted(self) -> QuantizedArray:
         """The quantized weight, which stands for what `materialize` gives."""
         if self.step is None:
             return quantize("value", self._kept(), self.spec)[0]
-        scale, zero = self._scale()
+        scale, zero = self._grid()
         return quantize_with(self._kept(), scale, zero, self.spec)
 
     def _kept(self) -> Array:
-        return self.value if self.mask is None else jnp.where(self.mask, self.value, 0)
+        return jnp.where(self.value != 0, self.value, 0) if self.pruned else self.value
 
-    def _scale(self) -> tuple[Array, Array | None]:
+    def _grid(self) -> tuple[Array, Array | None]:
+        """Scale and zero point; the gradient of the scale goes to `step` alone."""
+        x = jax.lax.stop_gradient(self._kept())
         if self.step is None:
-            return scale_of(jax.lax.stop_gradient(self._kept()), self.spec)
-        zero = None if self.zero_point is None else jax.lax.stop_gradient(self.zero_point)
-        return jnp.maximum(self.step, _SMALLEST), zero
+            return scale_of(x, self.spec)
+        low, high = integer_range(self.spec)
+        x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+        exponent = jnp.exp2(self.step.astype(x.dtype) - FIRST)
+        if self.spec.symmetric:
+            return _first_step(x, self.step.shape, high) * exponent, None
+        least = jnp.minimum(_reduced(jnp.min, x, self.step.shape), 0.0)
+        most = jnp.maximum(_reduced(jnp.max, x, self.step.shape), 0.0)
+        scale = _usable((most - least) / (high - low)) * exponent
+        zero = jnp.clip(jnp.round(low - least / jax.lax.stop_gradient(scale)), low, high)
+        return scale, zero
+
+
+def _first_step(x: Array, shape: tuple[int, ...], top: int) -> Array:
+    """`2 mean|w| / sqrt(q)` over the entries of each scale, at most their range."""
+    magnitude = jnp.abs(x)
+    mean, most = (_reduced(op, magnitude, shape) for op in (jnp.mean, jnp.max))
+    return _usable(jnp.minimum(2 * mean / top**0.5, most / top))
+
+
+def _usable(scale: Array) -> Array:
+    return jnp.where(scale > 0, jnp.maximum(scale, jnp.finfo(scale.dtype).tiny), 1.0)
+
+
+def _reduced(op: Any, x: Array, shape: tuple[int, ...]) -> Array:
+    """A reduction over the entries of each scale."""
+    if x.size == 0:
+        return jnp.zeros(shape, x.dtype)
+    split = [k for n, m in zip(x.shape, shape, strict=True) for k in (m, n // m)]
+    return op(x.reshape(split), tuple(range(1, 2 * x.ndim, 2)))

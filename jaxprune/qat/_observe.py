@@ -64,7 +64,7 @@ def _moved(how: InputScale, low: Any, high: Any, decay: float) -> InputScale:
     least, most = how.range
     zero = 0.0 if how.zero_point is None else how.zero_point
     symmetric = how.zero_point is None
-    before = (least - zero) * how.scale, (most - zero) * how.scale
+    before = (least - zero) * how.step, (most - zero) * how.step
     low, high = (low * (low < 0)), (high * (high > 0))
     if symmetric:
         high = abs(high) * (abs(high) >= abs(low)) + abs(low) * (abs(low) > abs(high))

@@ -1,6 +1,5 @@
 """Whole trees into quantization-aware training and out of it."""
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -8,14 +7,13 @@ import jax.numpy as jnp
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params, PyTree, Where
-from jaxprune.qat._array import QATArray
+from jaxprune.qat._array import FIRST, QATArray
 from jaxprune.quantize import (
     ActivationQuantized,
     InputScale,
     Rules,
     Spec,
     has_parts,
-    integer_range,
     scale_of,
     specs_for,
 )
@@ -38,6 +36,7 @@ def prepare(
     """Replaces weights by leaves that train on their quantized values.
 
     Train the tree like any other: `jp.compressed(fn)` runs it, gradients and optimizers see its arrays,
+    all of them floats that train,
     and `convert` makes the quantized tree, which gives the same outputs. For activations, put
     `jp.quantize_activations(tree, stats, training="lsq")` around it.
 
@@ -46,7 +45,8 @@ def prepare(
       bits, symmetric, group_size, dtype, granularity: see `jp.quantize.Spec`.
       method: `"lsq"`: steps are learned with the weights, from `2 mean|w| / sqrt(q)` on (integers only);
         `"absmax"`: the weight's range in each step.
-      masks: pruned weights stay exactly 0, through training and quantization.
+      masks: pruned weights stay exactly 0, through training and quantization: they get no gradient, and
+        0 is how they are told apart.
       rules, uses, where: see `jp.quantize_tree`.
 
     Returns:
@@ -100,28 +100,14 @@ def _prepared(leaf: Any, spec: Spec, mask: Any, method: str) -> Any:
     if has_parts(leaf):  # codebooks and factors train in its stead
         return leaf.quantized(lambda x, spec: _prepared(x, spec, None, method), spec)
     value = jnp.array(_trees.dense(leaf))  # a copy: training may donate it
-    mask = None if mask is None or jnp.ndim(mask) == 0 else jnp.asarray(mask)
-    kept = value if mask is None else jnp.where(mask, value, 0)
+    pruned = mask is not None and jnp.ndim(mask) > 0
+    if pruned:  # what is kept is not 0, however small, so that 0 means pruned
+        least = jnp.finfo(value.dtype).smallest_normal
+        value = jnp.where(mask, jnp.where(value == 0, least, value), 0)
     if method == "absmax":
-        return QATArray(value, None, None, mask, spec)
-    scale, zero = scale_of(kept, spec)
-    if zero is not None:
-        return QATArray(value, scale, zero.astype(scale.dtype), mask, spec)
-    # the range of the mean magnitude: absmax / q is too wide for few bits
-    top = integer_range(spec)[1]
-    flat, _ = scale_of(jnp.abs(kept), spec)
-    return QATArray(value, _first_step(kept, flat, spec, top), None, mask, spec)
-
-
-def _first_step(x: jax.Array, scale: jax.Array, spec: Spec, top: int) -> jax.Array:
-    """`2 mean|w| / sqrt(q)` over the entries of each scale, at most their range."""
-    if scale.ndim == 0 or x.size == 0:
-        return scale
-    groups = [n // m for n, m in zip(x.shape, scale.shape, strict=True)]
-    split = [k for m, g in zip(scale.shape, groups, strict=True) for k in (m, g)]
-    inner = tuple(range(1, 2 * x.ndim, 2))
-    mean = jnp.mean(jnp.abs(x.astype(scale.dtype)).reshape(split), inner)
-    return jnp.where(mean > 0, jnp.minimum(2 * mean / top**0.5, scale), scale)
+        return QATArray(value, None, spec, pruned)
+    shape = scale_of(value, spec)[0].shape
+    return QATArray(value, jnp.full(shape, FIRST, jnp.float32), spec, pruned)
 
 
 def convert(tree: PyTree) -> PyTree:
@@ -143,8 +129,8 @@ def convert(tree: PyTree) -> PyTree:
     def one(leaf: Any) -> Any:
         if isinstance(leaf, ActivationQuantized):
             how = leaf.input
-            fixed = replace(how, training="fixed") if isinstance(how, InputScale) else how
-            return ActivationQuantized(one(leaf.weight), fixed)
+            how = how.fixed() if isinstance(how, InputScale) else how
+            return ActivationQuantized(one(leaf.weight), how)
         return leaf.converted() if isinstance(leaf, QATArray) else leaf
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, (QATArray, ActivationQuantized)))

@@ -3,13 +3,10 @@
 from jaxprune.quantize._array import (
     Levels,
     QuantizedArray,
-    by_place,
-    joined_levels,
     largest_values,
-    levels_by_place,
+    level_fields,
     quantize,
     quantize_with,
-    strided,
 )
 from jaxprune.quantize._errors import Error, errors, errors_table
 from jaxprune.quantize._fake import fake_quantize, fake_quantize_tree
@@ -17,8 +14,8 @@ from jaxprune.quantize._inputs import (
     ActivationQuantized,
     DynamicInput,
     InputScale,
-    on_grid,
-    slowed,
+    round_ste,
+    scale_gradient,
 )
 from jaxprune.quantize._scale import from_levels, reciprocal, scale_of, spread, to_levels
 from jaxprune.quantize._spec import NF4_LEVELS, Spec, integer_range, resolved

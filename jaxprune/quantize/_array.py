@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
-from jaxprune import _checks
-from jaxprune.quantize._bits import fields, pack, unpack
+from jaxprune import _bits, _checks, _leaves
+from jaxprune._types import CompressedLeaf
 from jaxprune.quantize._scale import (
     from_levels,
     is_finite,
@@ -23,26 +23,23 @@ from jaxprune.quantize._spec import Spec, resolved
 from jaxprune.quantize._views import leading_block, reshaped_scales
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("values", "scale", "zero_point"),
-    meta_fields=("spec", "length", "dtype"),
-)
+@_leaves.register(data=("values", "scale", "zero_point"), meta=("spec", "length", "dtype", "axis"))
 @dataclass(frozen=True)
-class QuantizedArray:
+class QuantizedArray(CompressedLeaf):
     """An array in few bits: `(levels - zero_point) * scale`.
 
     A pytree node that jits, checkpoints and shards like any array. Its static fields count axes from
     the end, so `scan`, `vmap` and slices over leading axes keep it valid.
 
     Attributes:
-      values: codes. int8 or float8 in the dense shape, or uint8 of shape `(..., ceil(n / 2))` (4
-        bits) or `(..., ceil(n / 4))` (2 bits), packed along the last axis.
+      values: codes. int8 or float8 in the dense shape, or uint8 with several codes per byte along one
+        axis (see `_bits`).
       scale: float, the dense shape with shared axes of size 1, groups counted on the group axis.
       zero_point: int8 like `scale`, or `None` (symmetric).
       spec: the format.
-      length: size of the dense last axis; -1 for a scalar.
+      length: size of the dense array along the packed axis; -1 for a scalar.
       dtype: dtype of the dense array.
+      axis: the packed axis, counted from the end: -2 where the last is too short to fill bytes.
 
     Example:
       >>> q = jp.quantize_tree({"w": jnp.array([[1.0, -0.5], [0.25, 2.0]])}, bits=8)["w"]
@@ -58,50 +55,37 @@ class QuantizedArray:
     spec: Spec
     length: int
     dtype: Any
+    axis: int = -1
 
     @classmethod
     def of_levels(
         cls, levels: Array, scale: Array, zero_point: Array | None, spec: Spec, dtype: Any
     ) -> "QuantizedArray":
         """From codes in the dense shape, unpacked. Inverse of `levels`."""
-        values = levels if spec.format.startswith("float8") else levels.astype(jnp.int8)
-        length = levels.shape[-1] if levels.ndim else -1
+        axis = _bits.packing_axis(levels.shape, spec.width)
+        length = levels.shape[axis] if levels.ndim else -1
         if spec.width < 8:
-            values = pack(values.reshape(levels.shape or (1,)), spec.width)
-        return cls(values, scale, zero_point, spec, length, np.dtype(dtype))
+            values = _bits.pack(levels.reshape(levels.shape or (1,)), spec.width, axis)
+        else:
+            values = levels if spec.format.startswith("float8") else levels.astype(jnp.int8)
+        return cls(values, scale, zero_point, spec, length, np.dtype(dtype), axis)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense array."""
         if self.length < 0:
             return self.values.shape[:-1] if self.spec.width < 8 else self.values.shape
-        return (*self.values.shape[:-1], self.length)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the dense array."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of entries of the dense array."""
-        return int(np.prod(self.shape))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points."""
-        return sum(
-            int(np.prod(x.shape)) * x.dtype.itemsize
-            for x in (self.values, self.scale, self.zero_point)
-            if x is not None
-        )
+        shape = list(self.values.shape)
+        shape[self.axis] = self.length
+        return tuple(shape)
 
     def levels(self) -> Array:
         """The codes, unpacked: int8 (nf4: indices 0 to 15) or float8, in the dense shape."""
         if self.spec.width == 8:
             return self.values
-        signed = self.spec.format != "nf4"
-        out = unpack(self.values, self.spec.width, abs(self.length), signed=signed)
+        width, signed = self.spec.width, self.spec.format != "nf4"
+        out = _bits.unpack(self.values, width, abs(self.length), signed=signed, axis=self.axis)
+        out = out.astype(jnp.int8)
         return out if self.length >= 0 else out[..., 0]
 
     def materialize(self) -> Float[Array, "..."]:
@@ -109,26 +93,21 @@ class QuantizedArray:
         return from_levels(self.levels(), self.scale, self.zero_point, self.spec, self.dtype)
 
     def __getitem__(self, index: int | slice) -> "QuantizedArray":
-        """Entries along the leading axis, still quantized; the last axis cannot be indexed so."""
-        if self.ndim < 2 or not isinstance(index, (int, slice, np.integer)):
+        """Entries along the leading axis, still quantized; a packed axis cannot be indexed so."""
+        whole = self.ndim + self.axis > 0 or (self.ndim > 1 and self.spec.width == 8)
+        if not whole or not isinstance(index, (int, slice, np.integer)):
             raise TypeError(
                 f"index: expected an int or a slice along the first of at least two axes, got "
                 f"{index!r} for shape {self.shape}; use materialize()[...] for anything else"
             )
         n, group = self.shape[0], self.scale.shape[0]
-        if self.ndim == 2 and group not in (1, n):
+        if group not in (1, n):
             raise TypeError("index: groups lie along the first axis; use materialize()[...]")
         cut = lambda x: x if x is None or x.shape[0] == 1 != n else x[index]
         scale, zero = cut(self.scale), cut(self.zero_point)
         if isinstance(index, (int, np.integer)) and group == 1 != n:
             scale, zero = scale[0], None if zero is None else zero[0]
-        return QuantizedArray(self.values[index], scale, zero, self.spec, self.length, self.dtype)
-
-    def astype(self, dtype: Any) -> "QuantizedArray":
-        """The same codes, standing for an array of another float type."""
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"dtype: expected a float type, got {dtype}; use materialize() first")
-        return replace(self, dtype=np.dtype(dtype))
+        return replace(self, values=self.values[index], scale=scale, zero_point=zero)
 
     def reshape(self, *shape: Any) -> "QuantizedArray":
         """Another shape, still quantized, where each scale goes on belonging to whole axes.
@@ -138,21 +117,23 @@ class QuantizedArray:
         """
         wanted = tuple(shape[0]) if len(shape) == 1 and np.ndim(shape[0]) else shape
         wanted = tuple(int(n) for n in wanted)
-        packed = self.spec.width < 8
-        scales = reshaped_scales(self.shape, wanted, self.scale.shape, whole_rows=packed)
+        kept = -self.axis if self.spec.width < 8 else 0  # last axes that stay as they are
+        scales = reshaped_scales(self.shape, wanted, self.scale.shape, kept=kept)
         if scales is None:
             raise TypeError(
                 f"reshape: {self.shape} to {wanted} would part codes of one scale or byte; "
                 "use materialize().reshape(...)"
             )
-        last = self.values.shape[-1] if packed else wanted[-1]
-        return QuantizedArray(
-            self.values.reshape(*wanted[:-1], last),
-            scales(self.scale),
-            None if self.zero_point is None else scales(self.zero_point),
-            self.spec,
-            wanted[-1],
-            self.dtype,
+        cut = len(wanted) - kept
+        values = self.values.reshape(*wanted[:cut], *self.values.shape[self.ndim - kept :])
+        zero = None if self.zero_point is None else scales(self.zero_point)
+        return replace(
+            self,
+            values=values,
+            scale=scales(self.scale),
+            zero_point=zero,
+            length=wanted[self.axis] if kept else wanted[-1],
+            axis=self.axis if kept else -1,
         )
 
     def block(self, start: Any, size: int) -> "QuantizedArray":
@@ -161,19 +142,32 @@ class QuantizedArray:
         Raises:
           TypeError: the leading axis is packed, or the block may cut through groups of one scale.
         """
-        n = self.shape[0] if self.ndim > 1 else 0
+        packed = self.spec.width < 8 and self.ndim + self.axis == 0
+        n = self.shape[0] if self.ndim > 1 and not packed else 0
         ratio = n // max(self.scale.shape[0], 1) if n else 1
         whole = isinstance(start, (int, np.integer)) and start % ratio == size % ratio == 0
         if n == 0 or not (ratio in (1, n) or whole):
             raise TypeError(f"block: cuts through groups or bytes of shape {self.shape}")
         return self.leading(start, size)
 
+    def check(self) -> None:
+        """See `CompressedLeaf`; the bytes of packed codes are counted."""
+        super().check()
+        per = 8 // self.spec.width
+        wanted = -(-abs(self.length) // per)
+        if per > 1 and (self.values.shape[self.axis] != wanted or self.values.dtype != jnp.uint8):
+            raise ValueError(f"{abs(self.length)} codes of {self.spec.width} bits in other bytes")
+
     def leading(self, start: Any, size: int) -> "QuantizedArray":
         """`block` for callers who know that it holds whole groups."""
         n = self.shape[0]
         cut = lambda y: None if y is None else leading_block(y, n, start, size)
         return replace(
-            self, values=cut(self.values), scale=cut(self.scale), zero_point=cut(self.zero_point)
+            self,
+            values=cut(self.values),
+            scale=cut(self.scale),
+            zero_point=cut(self.zero_point),
+            length=self.length if self.ndim + self.axis else size,
         )
 
 
@@ -203,52 +197,12 @@ class Levels(NamedTuple):
         return from_levels(self.codes, self.scale, self.zero_point, self.spec, jnp.dtype("float32"))
 
 
-def levels_by_place(x: QuantizedArray) -> list[Levels]:
-    """The codes of each place in the bytes: entry `i` of place `j` is entry `i * len(places) + j` along
-    the last axis of `x`, whose end may be padding. Cheaper than codes in order.
-    """
-    per = 8 // x.spec.width
-    if per == 1:
-        return [Levels(x.values, x.scale, x.zero_point, x.spec)]
-    found = []
-    for i, codes in enumerate(fields(x.values, x.spec.width, signed=x.spec.format != "nf4")):
-        own = lambda y, i=i: strided(y, i, per, x.length)
-        zero = None if x.zero_point is None else own(x.zero_point)
-        found.append(Levels(codes, own(x.scale), zero, x.spec))
-    return found
-
-
-def joined_levels(x: QuantizedArray) -> Levels:
-    """All codes, unpacked, in the order of `by_place` along the last axis, and padding."""
-    parts = levels_by_place(x)
-    if len(parts) == 1:
-        return parts[0]
-    shared = x.scale.shape[-1] == 1 != x.length
-    join = lambda ys: ys[0] if shared else jnp.concatenate(ys, -1)
-    zeros = [p.zero_point for p in parts if p.zero_point is not None]
-    codes = jnp.concatenate([p.codes for p in parts], -1)
-    return Levels(codes, join([p.scale for p in parts]), join(zeros) if zeros else None, x.spec)
-
-
-def strided(x: Array, start: int, step: int, n: int) -> Array:
-    """Every `step`-th of the entries along a last axis of `n`, which may be shared, and padding."""
-    if x.shape[-1] == 1 != n:
-        return x
-    found = x[..., start::step]
-    return jnp.pad(found, [(0, 0)] * (x.ndim - 1) + [(0, -(-n // step) - found.shape[-1])])
-
-
-def by_place(x: Array, per: int, axis: int) -> Array:
-    """An axis in the order of the places in bytes: entries 0, per, 2 per, …, then 1, 1 + per, …; zeros
-    fill the last byte.
-    """
-    if per == 1:
-        return x
-    axis %= x.ndim
-    pads = [(0, -n % per if i == axis else 0) for i, n in enumerate(x.shape)]
-    x = jnp.pad(x, pads)
-    n = x.shape[axis]
-    return jnp.concatenate([jax.lax.slice_in_dim(x, i, n, per, axis) for i in range(per)], axis)
+def level_fields(x: QuantizedArray) -> list[Array]:
+    """The codes of each place in the bytes, int8, with padding; side by side they are in order."""
+    if x.spec.width == 8:
+        return [x.values]
+    found = _bits.fields(x.values, x.spec.width, signed=x.spec.format != "nf4")
+    return [codes.astype(jnp.int8) for codes in found]
 
 
 def quantize(path: str, x: Float[Array, "..."], spec: Spec) -> tuple[QuantizedArray, Array]:
@@ -256,27 +210,39 @@ def quantize(path: str, x: Float[Array, "..."], spec: Spec) -> tuple[QuantizedAr
     x = jnp.asarray(x)
     spec = resolved(spec, path, x.shape)
     scale, zero = scale_of(x, spec)
-    values = _encode(x, reciprocal(scale), zero, spec)
-    stored = None if zero is None else zero.astype(jnp.int8)
-    length = x.shape[-1] if x.ndim else -1
-    return QuantizedArray(values, scale, stored, spec, length, np.dtype(x.dtype)), is_finite(scale)
+    return _quantized(x, scale, zero, spec, True), is_finite(scale)
 
 
 def quantize_with(
     x: Float[Array, "..."], scale: Array, zero: Array | None, spec: Spec
 ) -> QuantizedArray:
     """An array quantized by a known scale and zero point; what lies beyond the range is clipped."""
-    levels = to_levels(x, reciprocal(scale), zero, spec)
-    values = levels if spec.width == 8 else pack(levels.reshape(x.shape or (1,)), spec.width)
-    stored = None if zero is None else zero.astype(jnp.int8)
-    length = x.shape[-1] if x.ndim else -1
-    return QuantizedArray(values, scale, stored, spec, length, np.dtype(x.dtype))
+    return _quantized(x, scale, zero, spec, False)
 
 
-@partial(jax.jit, static_argnums=3)
-def _encode(x: Array, factors: tuple[Array, Array], zero: Array | None, spec: Spec) -> Array:
-    levels = to_levels(x, factors, zero, spec, in_range=True)
-    return levels if spec.width == 8 else pack(levels.reshape(x.shape or (1,)), spec.width)
+def _quantized(
+    x: Array, scale: Array, zero: Array | None, spec: Spec, in_range: bool
+) -> QuantizedArray:
+    axis = _bits.packing_axis(x.shape, spec.width)
+    values = _encode(x, reciprocal(scale), zero, spec, in_range, axis)
+    stored = None if zero is None else jnp.round(zero).astype(jnp.int8)
+    length = x.shape[axis] if x.ndim else -1
+    return QuantizedArray(values, scale, stored, spec, length, np.dtype(x.dtype), axis)
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _encode(
+    x: Array,
+    factors: tuple[Array, Array],
+    zero: Array | None,
+    spec: Spec,
+    in_range: bool,
+    axis: int,
+) -> Array:
+    levels = to_levels(x, factors, zero, spec, in_range=in_range)
+    return (
+        levels if spec.width == 8 else _bits.pack(levels.reshape(x.shape or (1,)), spec.width, axis)
+    )
 
 
 def refuse_non_finite(paths: list[str], flags: list[Array]) -> None:

@@ -61,7 +61,7 @@ def errors(params: Params, compressed: PyTree) -> dict[str, Error]:
       (True, 20)
     """
     paths, leaves, _ = _trees.flatten(params)
-    names, small, _ = _trees.flatten(compressed)
+    names, small, _ = _trees.flatten(_trees.resolve_ties(compressed))
     if names != paths:
         odd = sorted(set(names) ^ set(paths))[:3]
         raise ValueError(f"compressed: another tree than params ({odd} differ)")

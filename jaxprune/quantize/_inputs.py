@@ -1,21 +1,17 @@
 """How what multiplies a weight is quantized, kept beside the weight."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxprune import _trees
+from jaxprune import _leaves, _trees
+from jaxprune._types import CompressedLeaf, check_float
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("scale", "zero_point"),
-    meta_fields=("bits", "training"),
-)
+@_leaves.register(data=("scale", "zero_point"), meta=("bits", "training"))
 @dataclass(frozen=True)
 class InputScale:
     """A known scale of activations: `(level - zero_point) * scale`.
@@ -44,31 +40,46 @@ class InputScale:
         q = 2 ** (self.bits - 1) - 1
         return (-q, q) if self.zero_point is None else (-q - 1, q)
 
+    @property
+    def step(self) -> Array:
+        """The scale, positive wherever training moves it."""
+        return self.scale if self.training == "fixed" else _positive(self.scale)
+
+    def fixed(self) -> "InputScale":
+        """The same, no longer trained."""
+        zero = None if self.zero_point is None else jnp.round(self.zero_point)
+        return InputScale(self.step, zero, self.bits)
+
     def rounded(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """`x` on the grid. Its gradient is that of a clip; that of the scale, see `training`."""
         low, high = self.range
-        zero = (
-            jnp.zeros((), x.dtype) if self.zero_point is None else self.zero_point.astype(x.dtype)
-        )
-        scale = self.scale.astype(x.dtype)
+        zero = 0.0 if self.zero_point is None else self.zero_point
+        zero = jnp.round(jnp.asarray(zero, x.dtype))
+        scale = self.step.astype(x.dtype)
         if self.training == "fixed":
             scale = jax.lax.stop_gradient(scale)
         elif self.training == "lsq":
-            scale = slowed(scale, 1.0 / (max(x.size, 1) * high) ** 0.5)
-        return on_grid(x, scale, zero, low, high, residual=self.training == "lsq")
+            scale = scale_gradient(scale, 1.0 / (max(x.size, 1) * high) ** 0.5)
+        return round_ste(x, scale, zero, low, high, residual=self.training == "lsq")
 
     def codes(self, x: Float[Array, "..."]) -> Array:
         """Levels, as int8."""
-        zero = 0.0 if self.zero_point is None else self.zero_point
-        return jnp.clip(jnp.round(x / self.scale + zero), *self.range).astype(jnp.int8)
+        zero = 0.0 if self.zero_point is None else jnp.round(self.zero_point)
+        return jnp.clip(jnp.round(x / self.step + zero), *self.range).astype(jnp.int8)
 
 
-def slowed(x: Array, factor: float) -> Array:
+def _positive(x: Array) -> Array:
+    """The absolute value, at least the smallest normal number, with a gradient at 0 too."""
+    sign = jax.lax.stop_gradient(jnp.where(x < 0, -1.0, 1.0).astype(x.dtype))
+    return jnp.maximum(x * sign, jnp.finfo(x.dtype).smallest_normal)
+
+
+def scale_gradient(x: Array, factor: float) -> Array:
     """`x`, with a gradient `factor` times as large."""
     return x * factor + jax.lax.stop_gradient(x * (1.0 - factor))
 
 
-def on_grid(
+def round_ste(
     x: Array, scale: Array, zero: Array, low: int, high: int, *, residual: bool
 ) -> Float[Array, "..."]:
     """`x` rounded to a grid. Gradients: to `x` inside the range; to `scale` what clipped entries say,
@@ -84,7 +95,7 @@ def on_grid(
     return (inside - zero) * scale + error
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("dtype",))
+@_leaves.register(data=(), meta=("dtype",))
 @dataclass(frozen=True)
 class DynamicInput:
     """Activations quantized as they come, with one scale per row (token).
@@ -100,9 +111,9 @@ class DynamicInput:
     dtype: str = "int8"
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("weight", "input"), meta_fields=())
+@_leaves.register(data=("weight", "input"))
 @dataclass(frozen=True)
-class ActivationQuantized:
+class ActivationQuantized(CompressedLeaf):
     """A weight whose other operand is quantized too, when `jp.compressed` runs it.
 
     Attributes:
@@ -128,25 +139,14 @@ class ActivationQuantized:
         """Dtype of the dense weight."""
         return self.weight.dtype
 
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the dense weight."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of entries of the dense weight."""
-        return int(self.weight.size)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight and of the scales of its input."""
-        own = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.input))
-        return int(self.weight.nbytes) + own
-
     def materialize(self) -> jax.Array:
         """The dense weight."""
         return _trees.dense(self.weight)
+
+    def astype(self, dtype: Any) -> "ActivationQuantized":
+        """The same with a weight of another float type."""
+        check_float(dtype)
+        return self.with_weight(self.weight.astype(dtype))
 
     def with_weight(self, weight: Any) -> "ActivationQuantized":
         """Another weight beside the same input."""

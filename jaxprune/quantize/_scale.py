@@ -164,14 +164,21 @@ def _nf4_values(index: Int8[Array, "..."]) -> Float[Array, "..."]:
 def _float8_values(x: Array) -> Float[Array, "..."]:
     """What float8 codes (or their bits, as uint8) stand for.
 
-    On CPU by way of float16: its exponent has one bit more and another bias, subnormals included, which
-    is several times cheaper than a conversion.
+    On CPU, where the program is lowered for one, by way of float16: its exponent has one bit more and
+    another bias, subnormals included, which is several times cheaper than a conversion.
     """
-    if jax.default_backend() != "cpu":
-        return x if x.dtype != jnp.uint8 else jax.lax.bitcast_convert_type(x, jnp.float8_e4m3fn)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
-    moved = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint8)
+    return jax.lax.platform_dependent(bits, cpu=_float8_by_float16, default=_float8_converted)
+
+
+def _float8_by_float16(bits: Array) -> Float[Array, "..."]:
+    wide = bits.astype(jnp.uint16)
+    moved = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
     return jax.lax.bitcast_convert_type(moved, jnp.float16).astype(jnp.float32) * 256.0
+
+
+def _float8_converted(bits: Array) -> Float[Array, "..."]:
+    return jax.lax.bitcast_convert_type(bits, jnp.float8_e4m3fn).astype(jnp.float32)
 
 
 def clip_range(

@@ -6,13 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _checks
+from jaxprune import _checks, _leaves
 from jaxprune._uses import Uses, conventions
 
 FORMATS = ("int8", "int4", "int2", "float8_e4m3fn", "nf4")
 _BITS = {"int8": 8, "int4": 4, "int2": 2, "float8_e4m3fn": 8, "nf4": 4}
 
 
+@_leaves.register_value
 @dataclass(frozen=True)
 class Spec:
     """How an array is quantized.

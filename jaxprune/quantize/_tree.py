@@ -112,6 +112,12 @@ def specs_for(
     known = _trees.uses_of(params, uses)
     if uses is None:
         _tell_ambiguous(paths, leaves, specs)
+    for path, spec, use in zip(paths, specs, known, strict=True):
+        if spec is not None and use.contradiction:
+            warnings.warn(
+                f"uses: of {path!r}, {use.contradiction}; the first use decides where scales lie",
+                stacklevel=3,
+            )
     return [
         spec if spec is None or has_parts(leaf) else resolved(spec, path, tuple(leaf.shape), use)
         for path, leaf, spec, use in zip(paths, leaves, specs, known, strict=True)

@@ -21,18 +21,18 @@ def leading_block(x: Array, n: int, start: Any, size: int) -> Array:
 
 
 def reshaped_scales(
-    old: tuple[int, ...], new: tuple[int, ...], scales: tuple[int, ...], *, whole_rows: bool
+    old: tuple[int, ...], new: tuple[int, ...], scales: tuple[int, ...], *, kept: int
 ) -> Callable[[Array], Array] | None:
     """How scales follow a reshape of their array; `None` where one scale's entries would part.
 
     Args:
       old, new: shapes of the array.
       scales: shape of its scales.
-      whole_rows: the last axis must stay what it is.
+      kept: last axes that must stay what they are.
     """
     if not old or not new or np.prod(old) != np.prod(new) or 0 in old:
         return None
-    if whole_rows and old[-1] != new[-1]:
+    if kept and old[-kept:] != new[-kept:]:
         return None
     wanted = [1] * len(new)
     for mine, theirs in _matched(old, new):

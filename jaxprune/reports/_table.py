@@ -162,7 +162,7 @@ def report(
     """
     _checks.same_structure("compressed", compressed, "params", params)
     paths, dense, treedef = _trees.flatten(params)
-    now = treedef.flatten_up_to(compressed)
+    now = treedef.flatten_up_to(_trees.resolve_ties(compressed))
     rows = tuple(_row(*item) for item in zip(paths, dense, now, strict=True))
     if fn is None or not args:
         return Report(rows)

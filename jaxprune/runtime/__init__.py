@@ -1,7 +1,12 @@
 """Running a function on compressed leaves, without making them dense first."""
 
-from jaxprune.runtime._choose import Choice, tuning_file
-from jaxprune.runtime._compressed import CompressedFunction, compressed
+from jaxprune.runtime import _codebooks, _factors, _integers, _pruned  # register their leaves
+from jaxprune.runtime._choose import Choice
+from jaxprune.runtime._compressed import CompressedFunction, Explanation, compressed
+from jaxprune.runtime._decoders import dense_decoder
+from jaxprune.runtime._lowerings import LOWERINGS
+from jaxprune.runtime._rules import Kind, LeafRule, register_leaf
 from jaxprune.runtime._tune import tune
+from jaxprune.runtime._tuning import tuning_file
 
-__all__ = ["Choice", "CompressedFunction"]
+__all__ = ["Choice", "CompressedFunction", "Explanation", "Kind", "LeafRule", "register_leaf"]

@@ -1,22 +1,40 @@
-"""What multiplies a compressed weight, as a product reads it: in 8-bit planes, or rounded."""
+"""What multiplies a compressed weight: rounded, or split into a high and a low int8 part.
 
+A value is `(high + low / STEPS) * scale`, 15 bits and a sign of the largest of its row. Where the rest of
+a row is far smaller (outliers), or is not finite, that is too coarse: `is_resolved` tells.
+"""
+
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxprune._trees import is_few
 from jaxprune.quantize import DynamicInput, InputScale
 
 _TOGETHER = 512
-STEPS = 254.0  # steps of the second plane within one of the first
+STEPS = 254.0  # steps of the low part within one of the high one
+TOP = 127.0
+LEAST_MEAN = (
+    8.0  # of magnitudes whose largest is 127: errors stay below 5e-4 of the rms of a product
+)
+LEAST_CLIPPED = (
+    5.0  # the same, magnitudes clipped: so that a few outliers do not make up for all others
+)
+CLIP = 16.0
+LEAST_RESULTS = (
+    2.0  # as large as the largest: one by itself may be small by chance, and its error not
+)
+MOST_SPREAD = 40.0  # largest over rms, of a row of activations times that of all results
 
 
-class Planes(NamedTuple):
-    """Activations as `(first plane + second plane / STEPS - zero) * scale`.
+class Int8Split(NamedTuple):
+    """Activations as `(high + low / STEPS - zero) * scale`.
 
     Attributes:
-      codes: int8 arrays of one or more planes each, (planes, batch…, rows, contracted…).
+      codes: int8 arrays of one or more parts each, (parts, batch…, rows, contracted…).
       scale: (batch…, rows, 1…), or a scalar.
       zero: a scalar, or `None`.
     """
@@ -27,28 +45,82 @@ class Planes(NamedTuple):
 
 
 def row_scale(x: Float[Array, "..."], axes: tuple[int, ...], top: float) -> Array:
-    """A scale for each row, such that its largest entry becomes `top`; 1 for a row of zeros."""
+    """A scale for each row, such that its largest entry becomes `top`; 1 for a row of zeros, and NaN for
+    one with NaN or infinity.
+    """
     scale = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0.0) / top
-    return jnp.where(scale == 0, 1.0, scale)
+    # the maximum on CPU loses NaN, a sum does not
+    return jnp.where(scale == 0, 1.0, scale) + 0.0 * jnp.sum(x, axes, keepdims=True)
 
 
-def in_planes(x: Float[Array, "..."], axes: tuple[int, ...], count: int) -> Planes:
-    """Rows in one or two 8-bit planes, with a scale for each; `axes` are the contracted ones."""
-    scale = row_scale(x, axes, 127.0)
-    ratio = x / scale
-    first = jnp.round(ratio)
-    codes = [first[None]]
-    if count == 2:
-        codes.append(jnp.round((ratio - first) * STEPS)[None])
-    codes = [plane.astype(jnp.int8) for plane in codes]
+def int8_split(x: Float[Array, "..."], axes: tuple[int, ...], parts: int) -> Int8Split:
+    """Rows in one or two int8 parts, with a scale for each; `axes` are the contracted ones."""
+    scale = row_scale(x, axes, TOP)
+    codes = [part[None] for part in hi_lo(x / scale)[:parts]]
     rows = x.shape[axes[0] - 1] if axes else 1
     # few rows multiply faster together; putting many together costs more than it saves
-    return Planes([jnp.concatenate(codes)] if rows < _TOGETHER else codes, scale, None)
+    return Int8Split(
+        [jnp.concatenate(codes)] if is_few(rows, _TOGETHER - 1) else codes, scale, None
+    )
 
 
-def with_known_scale(x: Float[Array, "..."], known: InputScale) -> Planes:
-    """Activations in one plane, by a scale known beforehand."""
-    return Planes([known.codes(x)[None]], known.scale, known.zero_point)
+def hi_lo(ratio: Array) -> tuple[Array, Array]:
+    """Numbers in [-127, 127] as whole ones, and what is left in units of 1 / STEPS, as int8."""
+    high = jnp.round(ratio)
+    low = jnp.round((ratio - high) * STEPS)
+    return high.astype(jnp.int8), low.astype(jnp.int8)
+
+
+def is_resolved(x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Whether two int8 parts resolve every row: all is finite, and no few entries dwarf the others; and
+    the largest ratio of a row's largest entry to its rms, less where rows are zeros.
+    """
+    ratio = jnp.abs(x) / row_scale(x, axes, TOP)
+    sums = magnitude_sums(ratio, axes)
+    used = sums[0] != 0  # rows of zeros, as padding is, are exact
+    squares = jnp.where(used, jnp.sum(jnp.square(ratio), axes), 1.0)
+    peak = jnp.max(jnp.where(used, 1.0 / squares, 0.0), initial=0.0)
+    depth = math.prod(x.shape[i] for i in axes)
+    resolved = jnp.all(~used | (resolution(*sums) >= 1.0))
+    return all_mapped(resolved), TOP * jnp.sqrt(depth * peak * jnp.mean(used.astype(x.dtype)))
+
+
+def is_even(y: Float[Array, "..."], peak: Array) -> Array:
+    """Whether results are so even that errors of their largest are small beside the rms of all."""
+    top = jnp.max(jnp.abs(y), initial=0.0)
+    squares = jnp.sum(jnp.square(y / jnp.where(top == 0, 1.0, top)))
+    several = (squares >= LEAST_RESULTS) | (top == 0)
+    return several & (jnp.square(peak) * y.size <= MOST_SPREAD**2 * squares)
+
+
+def magnitude_sums(ratio: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    """Sums of magnitudes, of clipped ones, and how many are not 0."""
+    clipped = jnp.minimum(ratio, CLIP)
+    count = jnp.sum((ratio > 0).astype(ratio.dtype), axes)
+    return jnp.sum(ratio, axes), jnp.sum(clipped, axes), count
+
+
+def resolution(total: Array, clipped: Array, count: Array) -> Array:
+    """How far typical magnitudes are above those that two int8 parts resolve; below 1: not enough."""
+    count = jnp.maximum(count, 1.0)
+    return jnp.minimum(total / (count * LEAST_MEAN), clipped / (count * LEAST_CLIPPED))
+
+
+@jax.custom_batching.custom_vmap
+def all_mapped(flag: Array) -> Array:
+    """A flag; mapped over, whether all are set, so that `cond` stays a branch."""
+    return flag
+
+
+@all_mapped.def_vmap
+def _all_mapped(size: int, batched: list[bool], flag: Array) -> tuple[Array, bool]:
+    return jnp.all(flag), False
+
+
+def with_known_scale(x: Float[Array, "..."], known: InputScale) -> Int8Split:
+    """Activations in one part, by a scale known beforehand."""
+    zero = None if known.zero_point is None else jnp.round(known.zero_point)
+    return Int8Split([known.codes(x)[None]], known.step, zero)
 
 
 How = InputScale | DynamicInput | None
@@ -57,16 +129,16 @@ How = InputScale | DynamicInput | None
 
 def rounded(x: Float[Array, "..."], axes: tuple[int, ...], how: How) -> Array:
     """The activations that the codes stand for; `axes` share a dynamic scale. Gradients pass as
-    through a clip.
+    through a clip. Rows that are not finite stay as they are.
     """
     if how is None:
         return x
     if isinstance(how, InputScale):
         return how.rounded(x)
     if how.dtype == "int8":
-        scale = row_scale(x, axes, 127.0)
+        scale = row_scale(x, axes, TOP)
         found = jnp.round(x / scale) * scale
     else:
         scale = row_scale(x, axes, float(jnp.finfo(jnp.float8_e4m3fn).max))
         found = (x / scale).astype(jnp.float8_e4m3fn).astype(x.dtype) * scale
-    return x + jax.lax.stop_gradient(found - x)
+    return x + jax.lax.stop_gradient(jnp.where(jnp.isfinite(scale), found - x, 0.0))

@@ -1,125 +1,173 @@
-"""Ways to multiply by a quantized or clustered array.
+"""Ways to multiply by a compressed array.
 
 Each takes `x` of shape (batch…, rows, contracted…), the array and the layout of the product, and gives
-(batch…, rows, free…) in float32.
+(batch…, rows, free…) in float32. What is rounded on the way is off by at most 5e-4 of the root mean
+square of the results; where `x` or the weights hold outliers that make that impossible, or values that
+are not finite, the product is one of floats, decided as it runs.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxprune._trees import is_few
 from jaxprune.program import Layout
-from jaxprune.quantize import InputScale, Levels, QuantizedArray
+from jaxprune.quantize import InputScale, Levels
 from jaxprune.runtime._activations import (
     STEPS,
+    TOP,
     How,
-    Planes,
-    in_planes,
+    Int8Split,
+    all_mapped,
+    int8_split,
+    is_even,
+    is_resolved,
+    magnitude_sums,
+    resolution,
     rounded,
     row_scale,
     with_known_scale,
 )
-from jaxprune.runtime._readers import Part, integer_book, largest, scale_of_integers
-from jaxprune.runtime._sweep import sweep
-from jaxprune.share import ClusteredArray
-from jaxprune.sparse import SparseArray
+from jaxprune.runtime._barrier import barrier
+from jaxprune.runtime._blocked import blocked_product
+from jaxprune.runtime._decoders import Block
+from jaxprune.runtime._integers import LONGEST
+from jaxprune.runtime._rules import INTEGERS, Kind, has_rule, rule_of
 
-Compressed = QuantizedArray | ClusteredArray | SparseArray
 _FEW = 2  # integer products of fewer rows run slower than of these
+_SEEN = 16  # entries of each block and column that tell of outliers
 
 
-def separated(w: Compressed, layout: Layout) -> tuple[Array | None, Array | None] | str:
-    """Scales of the contracted indices and of the results, as stored, where the scales of the codes are
-    one or the other; else the reason why they do not factor out of the product.
+class Lowering(NamedTuple):
+    """A way to multiply.
+
+    Attributes:
+      run: `(x, w, layout, how) -> y`.
+      fits: `(w, layout)`: whether it can.
+      why: the reason to take it.
+      otherwise: what is taken where it does not fit.
+      is_apart: computed apart from what is around it, as a dense product is; compilers fuse the others.
     """
-    if isinstance(w, SparseArray):
-        return "what is left of pruned weights are any numbers"
-    if isinstance(w, ClusteredArray):
-        if integer_book(w) is None:
-            return "codewords are any numbers"
-        return None, scale_of_integers(w).astype(jnp.float32)
-    shape = w.scale.shape
-    if any(n not in (1, m) for n, m in zip(shape, w.shape, strict=True)):
-        return "scales differ within groups"
-    scale = w.scale.astype(jnp.float32)
-    if all(shape[i] == 1 for i in layout.contract):
-        return None, scale
-    if all(shape[i] == 1 for i in (*layout.free, *layout.batch)):
-        return scale, None
-    return "scales differ along contracted and other axes together"
+
+    run: Callable[[Array, Any, Layout, How], Array]
+    fits: Callable[[Any, Layout], bool]
+    why: str
+    otherwise: str = "dense"
+    is_apart: bool = True
 
 
-def two_planes(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
-    """Activations as the sum of two 8-bit planes, 15 bits and a sign: two integer products in one."""
+def _split(x: Array, w: Any, layout: Layout, how: How) -> Array:
+    """Activations as the sum of two int8 parts, 15 bits and a sign: two integer products in one."""
     inner, _ = _factors(w, layout)
     axes = _contracted(x, layout)
-    x = _times_inner(rounded(x, axes, how), inner, layout)
-    return _integer(in_planes(x, axes, 2), w, layout)
+    x = rounded(x, axes, how)
+    scaled = _times_inner(x, inner, layout)
+    fast = lambda: (_integer_product(int8_split(scaled, axes, 2), w, layout), jnp.array(True))
+    return _guarded(scaled, axes, fast, lambda: _blocked(x, w, layout, None))
 
 
-def integer(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
+def _guarded(
+    x: Array,
+    axes: tuple[int, ...],
+    fast: Callable[[], tuple[Array, Array]],
+    slow: Callable[[], Array],
+    sources: float = 1.0,
+) -> Array:
+    """`fast()` where two int8 parts resolve `x`, `fast` says so of the weights, and the results are even
+    enough for errors to be small beside all of them; else `slow()`. Decided as the program runs.
+    `sources`: how much larger errors are than those of the activations alone.
+    """
+    resolved, peak = is_resolved(x, axes)
+    peak = sources * peak
+    shape = jax.eval_shape(fast)[0]
+
+    def checked() -> tuple[Array, Array]:
+        y, fine = fast()
+        return y, fine & is_even(y, peak)
+
+    nothing = lambda: (jnp.zeros(shape.shape, shape.dtype), jnp.array(False))
+    y, fine = jax.lax.cond(resolved, checked, nothing)
+    return jax.lax.cond(all_mapped(fine), lambda: y, slow)
+
+
+def _integer(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """Activations in 8 bits, by their known scale or one scale for each row, and an integer product."""
     inner, _ = _factors(w, layout)
+    axes = _contracted(x, layout)
     if isinstance(how, InputScale):
         assert inner is None, "a known scale does not factor out"
-        return _integer(with_known_scale(x, how), w, layout)
-    axes = _contracted(x, layout)
-    return _integer(in_planes(_times_inner(x, inner, layout), axes, 1), w, layout)
+        fast = lambda: _integer_product(with_known_scale(x, how), w, layout)
+    else:
+        fast = lambda: _integer_product(
+            int8_split(_times_inner(x, inner, layout), axes, 1), w, layout
+        )
+    is_finite = all_mapped(jnp.isfinite(jnp.sum(0.0 * x)))
+    return jax.lax.cond(is_finite, fast, lambda: _blocked(x, w, layout, how))
 
 
-def _integer(planes: Planes, w: Compressed, layout: Layout) -> Array:
+def _integer_product(split: Int8Split, w: Any, layout: Layout) -> Array:
     _, outer = _factors(w, layout)
-    shape = planes.codes[0].shape[1:]
+    shape = split.codes[0].shape[1:]
     rows = len(layout.batch)
     multiply = lambda xs, part, _: [layout.of(part.codes).dot(x, part.codes, jnp.int32) for x in xs]
-    codes = [_padded(x, rows + 1) for x in planes.codes]
-    y = _added(sweep(codes, w, None, layout, multiply), len(layout.batch), layout.rows)
-    if planes.zero is not None:
+    codes = [_padded(x, rows + 1) for x in split.codes]
+    y = _added(blocked_product(codes, w, None, layout, multiply), len(layout.batch), layout.rows)
+    if split.zero is not None:
         ones = jnp.ones((1, *shape[:rows], _FEW, *shape[rows + 1 :]), jnp.int8)
-        sums = _added(sweep([ones], w, None, layout, multiply), len(layout.batch), 1)
-        y = y - sums * planes.zero
-    zero = _zero_of(w)
+        sums = _added(blocked_product([ones], w, None, layout, multiply), len(layout.batch), 1)
+        y = y - sums * split.zero
+    zero = rule_of(w).zero_point(w)
     if zero is not None:
-        y = y - _offset(_value(planes), zero, layout)
-    y = y * _over_free(planes.scale, layout)
+        y = y - _offset(_value(split), zero, layout)
+    y = y * _over_free(split.scale, layout)
     return y if outer is None else y * _beside(outer, layout)
 
 
-def converted(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
+def _converted(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """Codes converted to floats, a float product, and scales applied to its result."""
     inner, outer = _factors(w, layout)
     x = rounded(x, _contracted(x, layout), how)
     x = _times_inner(x, inner, layout)
-    kind = jnp.promote_types(w.dtype, jnp.bfloat16)
+    kind = jnp.promote_types(x.dtype, jnp.bfloat16)
     multiply = lambda xs, part, _: [
-        layout.of(part.codes).dot(x.astype(kind), part.codes.astype(kind), jnp.float32) for x in xs
+        layout.of(part.codes).dot(x.astype(kind), _numbers(part).astype(kind), jnp.float32)
+        for x in xs
     ]
-    y = sweep([x[None]], w, None, layout, multiply, block=None, bits=False)
+    y = blocked_product([x[None]], w, None, layout, multiply, block=None)
     y = _added(y, len(layout.batch), layout.rows)
-    zero = _zero_of(w)
+    zero = rule_of(w).zero_point(w)
     if zero is not None:
-        y = y - _offset(x, zero, layout)
+        y = y - _offset(x.astype(jnp.float32), zero, layout)
     return y if outer is None else y * _beside(outer, layout)
 
 
-def float8(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
+def _numbers(part: Block) -> Array:
+    """Codes as numbers: float8 ones, which blocks hold as their bits, too."""
+    bits = part.codes.dtype == jnp.uint8
+    return jax.lax.bitcast_convert_type(part.codes, jnp.float8_e4m3fn) if bits else part.codes
+
+
+def _float8(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """Both operands in float8, for hardware that multiplies them."""
     _, outer = _factors(w, layout)
     axes = _contracted(x, layout)
     scale = row_scale(x, axes, float(jnp.finfo(jnp.float8_e4m3fn).max))
     codes = (x / scale).astype(jnp.float8_e4m3fn)
     multiply = lambda xs, part, _: [
-        layout.of(part.codes).dot(x, part.codes, jnp.float32) for x in xs
+        layout.of(part.codes).dot(x, _numbers(part), jnp.float32) for x in xs
     ]
-    y = sweep([codes[None]], w, None, layout, multiply, block=None, bits=False)
+    y = blocked_product([codes[None]], w, None, layout, multiply, block=None)
     y = _added(y, len(layout.batch), layout.rows) * _over_free(scale, layout)
     return y if outer is None else y * _beside(outer, layout)
 
 
-def groups(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
-    """Integer products group by group of one scale, activations in two planes, added as floats."""
+def _groups(x: Array, w: Any, layout: Layout, how: How) -> Array:
+    """Integer products group by group of one scale, activations in two int8 parts, added as floats."""
     axes = _contracted(x, layout)
-    planes = in_planes(rounded(x, axes, how), axes, 2)
+    x = rounded(x, axes, how)
 
     def product(x: Array, part: Levels) -> Array:
         y = layout.of(part.codes).dot(x, part.codes, jnp.int32).astype(jnp.float32)
@@ -128,72 +176,209 @@ def groups(x: Array, w: QuantizedArray, layout: Layout, how: How) -> Array:
             y = y - sums * part.zero_point.astype(jnp.float32)
         return y * part.scale.astype(jnp.float32)
 
-    multiply = lambda xs, part, _: [product(x, part.levels) for x in xs]
-    codes = [_padded(x, 1) for x in planes.codes]
-    y = sweep(codes, w, None, layout, multiply, block=w.size // w.scale.shape[0])
-    return _added(y, 0, layout.rows) * _over_free(planes.scale, layout)
+    def fast() -> tuple[Array, Array]:
+        split = int8_split(x, axes, 2)
+        multiply = lambda xs, part, _: [product(x, part.levels) for x in xs]
+        codes = [_padded(x, 1) for x in split.codes]
+        block = w.size // w.scale.shape[0]
+        y = blocked_product(codes, w, None, layout, multiply, block=block)
+        return _added(y, 0, layout.rows) * _over_free(split.scale, layout), jnp.array(True)
+
+    return _guarded(x, axes, fast, lambda: _blocked(x, w, layout, None))
 
 
-def blocks(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
+def _blocked(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """Block by block made dense, in a processor's cache, and a float product."""
     x = rounded(x, _contracted(x, layout), how)
-    factors = separated(w, layout)
-    if isinstance(factors, str) or _zero_of(w) is not None:
-        multiply = lambda xs, part, _: [
-            layout.of(part.codes).dot(x, part.values(), jnp.float32) for x in xs
-        ]
-        return _added(sweep([x[None]], w, None, layout, multiply), len(layout.batch), layout.rows)
-    inner, outer = factors
-    one = jnp.ones((1,) * w.ndim, jnp.float32)
-    multiply = lambda xs, part, _: [
-        layout.of(part.codes).dot(x, part.levels._replace(scale=one).values(), jnp.float32)
-        for x in xs
-    ]
+    rule = rule_of(w)
+    factors = rule.factored_scales(w, layout)
+    if isinstance(factors, str) or rule.zero_point(w) is not None:
+        inner, outer, of = None, None, lambda part: part.values()
+    else:
+        inner, outer = factors
+        of = lambda part: part.unscaled()
+    multiply = lambda xs, part, _: [layout.of(part.codes).dot(x, of(part), jnp.float32) for x in xs]
     x = _times_inner(x, inner, layout)
-    y = _added(sweep([x[None]], w, None, layout, multiply), len(layout.batch), layout.rows)
+    y = blocked_product([x[None]], w, None, layout, multiply)
+    y = _added(y, len(layout.batch), layout.rows)
     return y if outer is None else y * _beside(outer, layout)
 
 
-def block_planes(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
-    """Block by block made dense and rounded to two 8-bit planes, and three integer products with the
-    activations in two: float precision of about 4 digits at the speed of integer products.
+def _blocked_split(x: Array, w: Any, layout: Layout, how: How) -> Array:
+    """Block by block made dense and split into two int8 parts, and four integer products with the
+    activations in two: the precision of floats to about 4 digits at the speed of integer products.
     """
     axes = _contracted(x, layout)
-    planes = in_planes(rounded(x, axes, how), axes, 2)
-    bound = largest(w, layout.contract)
-    bound = jnp.where(bound == 0, 1.0, bound)
-    factors = separated(w, layout)
-    levels = isinstance(w, QuantizedArray) and w.spec.format == "nf4"
-    by_level = levels and not isinstance(factors, str) and factors[0] is None
-    extra = None if by_level else bound
-
-    def multiply(xs: list[Array], part: Part, bound: Array | None) -> list[Array]:
-        first, second = part.planes(bound)
-        inner, at = layout.of(part.codes), len(layout.batch)
-        high = [inner.dot(x, first, jnp.int32) for x in xs]
-        some = xs[0] if layout.rows < _FEW else xs[0][:1]
-        low = inner.dot(some, second, jnp.int32).astype(jnp.float32)
-        low = jax.lax.slice_in_dim(low, 0, 1, axis=at)
-        return [_sum_of_planes(high, at, low)]
-
-    y = _added(sweep(planes.codes, w, extra, layout, multiply), len(layout.batch), layout.rows)
-    return y * _over_free(planes.scale, layout) * _beside(bound / 127.0, layout)
+    x = rounded(x, axes, how)
+    fast = lambda: _both_split(x, w, layout)
+    return _guarded(x, axes, fast, lambda: _blocked(x, w, layout, None), 1.4)
 
 
-def dense(x: Array, w: Compressed, layout: Layout, how: How) -> Array:
+def _both_split(x: Array, w: Any, layout: Layout) -> tuple[Array, Array]:
+    """The product, and whether two int8 parts resolve the weights."""
+    split = int8_split(x, _contracted(x, layout), 2)
+    rule, at = rule_of(w), len(layout.batch)
+    bound = rule.bound(w, layout.contract)
+    unit = jnp.where(bound == 0, 1.0, bound)
+    kind, _ = rule.kind(w, layout)
+    extra = None if kind == Kind.NF4_LEVEL else unit
+
+    def multiply(xs: list[Array], part: Block, unit: Array | None) -> list[Array]:
+        high, low = part.split(unit)
+        inner = layout.of(part.codes)
+        found = [_hi_lo_product(inner, x, high, low, at) for x in xs]
+        return [*found, _sampled(high, low, inner)]
+
+    *ys, seen = blocked_product(split.codes, w, extra, layout, multiply)
+    y = _added(ys, at, layout.rows) * _over_free(split.scale, layout)
+    fine = jnp.array(True) if extra is None else _weights_resolved(seen, bound, layout)
+    return y * _beside(unit / TOP, layout), fine
+
+
+def _hi_lo_product(inner: Layout, x: Array, high: Array, low: Array, at: int) -> Array:
+    """Products with both parts of the weights, in units of the high one; parts of `x` stay apart."""
+    whole = inner.dot(x, high, jnp.int32).astype(jnp.float32)
+    return whole + inner.dot(x, low, jnp.int32).astype(jnp.float32) / STEPS
+
+
+def _sampled(high: Array, low: Array, inner: Layout) -> Array:
+    """Sums of magnitudes of some entries of each column, (batch…, 1, 3, free…)."""
+    axis = max(inner.contract, key=lambda i: inner.shape[i])
+    step = max(high.shape[axis] // _SEEN, 1)
+    some = lambda y: jax.lax.slice_in_dim(y, 0, None, step, axis).astype(jnp.float32)
+    sums = magnitude_sums(jnp.abs(some(high) + some(low) / STEPS), inner.contract)
+    kept = [i for i in range(high.ndim) if i not in inner.contract]
+    order = [kept.index(i) for i in (*inner.batch, *inner.free)]
+    at = len(inner.batch)
+    return jnp.expand_dims(jnp.stack([jnp.transpose(y, order) for y in sums], at), at)
+
+
+def _weights_resolved(sums: Array, bound: Array, layout: Layout) -> Array:
+    """Whether the largest bound of a column is below what is typical of all of them."""
+    at = len(layout.batch)
+    sums = jnp.moveaxis(jnp.squeeze(sums, at), at, 0)
+    bound = jnp.broadcast_to(jnp.squeeze(_beside(bound, layout), at), sums.shape[1:])
+    typical = bound * jnp.where(sums[2] > 0, resolution(*sums), 0.0)
+    return jnp.max(bound, initial=0.0) <= jnp.sqrt(jnp.mean(jnp.square(typical)))
+
+
+def _dense(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """The whole array made dense: what the other ways compute, and what their derivatives are."""
     x = rounded(x, _contracted(x, layout), how)
     y = layout.dot(x[None], w.materialize().astype(jnp.float32), jnp.float32)
     return _added([y], len(layout.batch), layout.rows)
 
 
-def _zero_of(w: Compressed) -> Array | None:
-    zero = w.zero_point if isinstance(w, QuantizedArray) else None
-    return None if zero is None else zero.astype(jnp.float32)
+def _kind(w: Any, layout: Layout) -> Kind:
+    return rule_of(w).kind(w, layout)[0]
 
 
-def _factors(w: Compressed, layout: Layout) -> tuple[Array | None, Array | None]:
-    found = separated(w, layout)
+def _is_integer(w: Any, layout: Layout) -> bool:
+    return _kind(w, layout) in INTEGERS
+
+
+def _is_float8(w: Any) -> bool:
+    return getattr(getattr(w, "spec", None), "format", "") == "float8_e4m3fn"
+
+
+LOWERINGS: dict[str, Lowering] = {
+    "int8_split": Lowering(
+        _split,
+        _is_integer,
+        "integer products are fastest, the activations in two int8 parts",
+        "blocked",
+    ),
+    "integer": Lowering(_integer, _is_integer, "8-bit activations and codes", "blocked"),
+    "converted": Lowering(
+        _converted,
+        lambda w, layout: _kind(w, layout) in (*INTEGERS, Kind.NUMBER),
+        "the compiler fuses the conversion into the product",
+        is_apart=False,
+    ),
+    "float8": Lowering(
+        _float8,
+        lambda w, layout: _kind(w, layout) == Kind.NUMBER and _is_float8(w),
+        "both operands in float8, one scale per row",
+        is_apart=False,
+    ),
+    "groups": Lowering(
+        _groups,
+        lambda w, layout: _kind(w, layout) == Kind.GROUPED_INTEGER,
+        "few rows: integer products group by group",
+        "blocked",
+    ),
+    "blocked": Lowering(
+        _blocked,
+        lambda w, layout: has_rule(w),
+        "made dense block by block in the cache, and a float product",
+    ),
+    "blocked_int8_split": Lowering(
+        _blocked_split,
+        lambda w, layout: has_rule(w) and bool(layout.contract) and layout.depth <= LONGEST,
+        "made dense block by block, and integer products of int8 parts",
+        "blocked",
+    ),
+    "dense": Lowering(
+        _dense,
+        lambda w, layout: True,
+        "the compiler fuses what makes it dense into the product",
+        is_apart=False,
+    ),
+}
+"""Ways to multiply, by name."""
+
+
+def run(name: str, x: Any, w: Any, layout: Layout, how: How) -> jax.Array:
+    """A product by its lowering, `x` and result as the lowerings have them.
+
+    Its derivative is that of the product with the dense array.
+    """
+    lowering = LOWERINGS[name]
+    around = barrier if lowering.is_apart else lambda x: x
+    wide = lambda x: x if name == "converted" else x.astype(jnp.float32)
+    compute = lambda x, w, how: around(lowering.run(around(wide(x)), w, layout, how))
+    reference = lambda x, w, how: _dense(x.astype(jnp.float32), w, layout, how)
+    return differentiated(compute, reference)(x, w, how)
+
+
+def differentiated(
+    compute: Callable[..., jax.Array], reference: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """`compute`, with the derivative of `reference`; what does not move costs nothing."""
+
+    @jax.custom_jvp
+    def function(*args: Any) -> jax.Array:
+        return compute(*args)
+
+    def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        y = function(*primals)
+        leaves, tree = jax.tree.flatten(primals)
+        directions = jax.tree.leaves(tangents, is_leaf=_is_zero)
+        moved = [
+            i for i, t in enumerate(directions) if not _is_zero(t) and t.dtype != jax.dtypes.float0
+        ]
+        if not moved:
+            return y, jnp.zeros_like(y)
+
+        def of_moved(*some: Any) -> jax.Array:
+            full = list(leaves)
+            for i, value in zip(moved, some, strict=True):
+                full[i] = value
+            return reference(*jax.tree.unflatten(tree, full))
+
+        at, along = ([values[i] for i in moved] for values in (leaves, directions))
+        return y, jax.jvp(of_moved, at, along)[1]
+
+    function.defjvp(derivative, symbolic_zeros=True)
+    return function
+
+
+def _is_zero(x: Any) -> bool:
+    return isinstance(x, jax.custom_derivatives.SymbolicZero)
+
+
+def _factors(w: Any, layout: Layout) -> tuple[Array | None, Array | None]:
+    found = rule_of(w).factored_scales(w, layout)
     assert not isinstance(found, str), found
     return found
 
@@ -233,30 +418,30 @@ def _offset(x: Array, zero: Array, layout: Layout) -> Array:
     return _over_free(jnp.sum(_times_inner(x, zero, layout), axes, keepdims=True), layout)
 
 
-def _value(planes: Planes) -> Array:
+def _value(split: Int8Split) -> Array:
     """Activations in units of their scale."""
-    found = _sum_of_planes(planes.codes, 0)[0]
-    return found if planes.zero is None else found - planes.zero
+    found = _sum_of_parts(split.codes, 0)[0]
+    return found if split.zero is None else found - split.zero
 
 
 def _padded(codes: Array, axis: int) -> Array:
     """At least two rows in all."""
-    missing = max(-(-_FEW // len(codes)) - codes.shape[axis], 0)
+    rows, wanted = codes.shape[axis], -(-_FEW // len(codes))
+    missing = max(wanted - rows, 0) if is_few(rows, wanted) else 0
     return jnp.pad(codes, [(0, missing if i == axis else 0) for i in range(codes.ndim)])
 
 
-def _sum_of_planes(ys: list[Array], axis: int, more: Array | None = None) -> Array:
-    """The first plane, and the second (and `more`) in its smaller unit; the axis of planes stays."""
-    planes = [
+def _sum_of_parts(ys: list[Array], axis: int) -> Array:
+    """The high part, and the low one in its smaller unit; the axis of parts stays."""
+    parts = [
         jax.lax.slice_in_dim(y, i, i + 1, axis=axis).astype(jnp.float32)
         for y in ys
         for i in range(y.shape[axis])
     ]
-    rest = [*planes[1:], *([] if more is None else [more])]
-    return planes[0] + sum(rest[1:], start=rest[0]) / STEPS if rest else planes[0]
+    return parts[0] + parts[1] / STEPS if len(parts) > 1 else parts[0]
 
 
 def _added(ys: list[Array], n_batch: int, rows: int) -> Array:
-    """Planes added, and padding cut: (batch…, planes, rows, free…) to (batch…, rows, free…)."""
+    """Parts added, and padding cut: (batch…, parts, rows, free…) to (batch…, rows, free…)."""
     ys = [jax.lax.slice_in_dim(y, 0, rows, axis=n_batch + 1) for y in ys]
-    return jax.lax.squeeze(_sum_of_planes(ys, n_batch), (n_batch,))
+    return jax.lax.squeeze(_sum_of_parts(ys, n_batch), (n_batch,))

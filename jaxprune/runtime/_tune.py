@@ -11,24 +11,27 @@ import jax.numpy as jnp
 from jaxprune._progress import track
 from jaxprune.program import Layout
 from jaxprune.quantize import quantize_tree
-from jaxprune.runtime._choose import DEFAULTS, Thresholds, run, thresholds, tuning_file
+from jaxprune.runtime._lowerings import run
+from jaxprune.runtime._rules import Kind
+from jaxprune.runtime._tuning import DEFAULTS, VERSION, Thresholds, tuning_file
 from jaxprune.sparse import SparseArray
 
-_KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "integers": ({"bits": 8}, ("two_planes", "converted", "blocks")),
-    "packed integers": ({"bits": 4}, ("two_planes", "converted", "blocks")),
-    "groups of integers": (
+_KINDS: dict[Kind, tuple[dict[str, Any], tuple[str, ...]]] = {
+    Kind.INTEGER: ({"bits": 8}, ("int8_split", "converted", "blocked")),
+    Kind.PACKED_INTEGER: ({"bits": 4}, ("int8_split", "converted", "blocked")),
+    Kind.GROUPED_INTEGER: (
         {"bits": 8, "group_size": 128},
-        ("groups", "blocks", "block_planes", "dense"),
+        ("groups", "blocked", "blocked_int8_split", "dense"),
     ),
-    "other codes": ({"dtype": "nf4"}, ("blocks", "block_planes", "dense")),
-    "kept values": ({}, ("block_planes", "dense")),
+    Kind.NF4_LEVEL: ({"dtype": "nf4"}, ("blocked", "blocked_int8_split", "dense")),
+    Kind.NUMBER: ({"dtype": "float8_e4m3fn"}, ("blocked", "blocked_int8_split", "converted")),
+    Kind.NM_VALUE: ({}, ("blocked_int8_split", "dense")),
 }
 
 
 def tune(
     *, width: int = 2048, rows: tuple[int, ...] = (1, 8, 32, 128, 512), rounds: int = 5
-) -> dict[str, dict[str, dict[int, float]]]:
+) -> dict[Kind, dict[str, dict[int, float]]]:
     """Times every lowering on matrices of this machine's default backend, and keeps the fastest.
 
     The thresholds go to `tuning.json` in the user's cache folder (or where `JAXPRUNE_TUNING` says), and
@@ -51,7 +54,7 @@ def tune(
     backend = jax.default_backend()
     base = DEFAULTS["cpu" if backend == "cpu" else "other"]
     w = jax.random.normal(jax.random.key(0), (width, width))
-    seconds: dict[str, dict[str, dict[int, float]]] = {}
+    seconds: dict[Kind, dict[str, dict[int, float]]] = {}
     rules: Thresholds = {}
     for kind, (settings, names) in track(_KINDS.items(), "tune"):
         array = _leaf(kind, w, settings)
@@ -62,18 +65,19 @@ def tune(
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         known = json.loads(file.read_text())
-    except (OSError, ValueError):
-        known = {}
+        others = known["platforms"] if known["version"] == VERSION else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        others = {}
     work = file.with_suffix(".tmp")
-    work.write_text(json.dumps({**known, backend: rules}, indent=1))
+    content = {"version": VERSION, "platforms": {**others, backend: rules}}
+    work.write_text(json.dumps(content, indent=1))
     work.replace(file)
-    thresholds.cache_clear()
     return seconds
 
 
-def _leaf(kind: str, w: jax.Array, settings: dict[str, Any]) -> Any:
+def _leaf(kind: Kind, w: jax.Array, settings: dict[str, Any]) -> Any:
     """A matrix in one kind of codes."""
-    if kind == "kept values":
+    if kind == Kind.NM_VALUE:
         return SparseArray.of(w, jnp.arange(w.shape[0])[:, None] % 2 == 0, 2, 4, -2)
     return quantize_tree({"w": w}, **settings)["w"]
 

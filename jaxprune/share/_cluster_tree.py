@@ -88,7 +88,8 @@ def cluster_tree(
     Args:
       params: any tree of arrays; compressed leaves count as what they stand for.
       bits: of an index, 1 to 8; 4 by default.
-      clusters: values per codebook, 2 to 256, instead of `bits`.
+      clusters: values per codebook, 2 to 256, instead of `bits`. A leaf with fewer distinct values is
+        stored exactly, with as few.
       granularity: `"tensor"`, one codebook per leaf, or `"channel"`, one per entry of `channel_axis`.
       group_size: channels that share a codebook, instead of all or one.
       channel_axis: the axis whose entries are channels, counted from the end; by default the innermost
@@ -111,9 +112,9 @@ def cluster_tree(
       The tree with `ClusteredArray` leaves.
 
     Raises:
-      ValueError: more clusters than a leaf has distinct values, NaN or infinity, sizes that
-        `vector_size` or `group_size` do not divide, arguments that contradict each other, importance
-        that is negative or of another shape.
+      ValueError: NaN or infinity, more clusters than a group has vectors, sizes that `vector_size` or
+        `group_size` do not divide, arguments that contradict each other, importance that is negative or
+        of another shape.
 
     Example:
       >>> tree = jp.cluster_tree({"w": jnp.linspace(0, 1, 4096).reshape(64, 64)}, bits=4)
@@ -158,10 +159,7 @@ def materialize_tree(tree: PyTree) -> Params:
       >>> jp.materialize_tree(tree)["w"].tolist()
       [[0.0, 1.0], [1.0, 0.0]]
     """
-    expand = getattr(type(tree), "expand", None)
-    if callable(expand):
-        return materialize_tree(tree.expand())
-    return jax.tree.map(_trees.dense, tree, is_leaf=is_compressed)
+    return jax.tree.map(_trees.dense, _trees.resolve_ties(tree), is_leaf=is_compressed)
 
 
 def _checked(
@@ -254,7 +252,7 @@ def _clustered(path: str, x: Any, weight: Any, how: _How) -> ClusteredArray:
             )
         if how.zero is None and how.dim == 1 and how.stages == 1:
             zero = bool(np.count_nonzero(host) <= (1 - _PRUNED) * host.size)
-        _check_distinct(path, host, how)
+        how = _enough(host, zero, how)
     plain = how.dim == 1 and how.stages == 1
     books, index = [], jnp.zeros(x.shape, jnp.uint8)
     parts = list(_groups(x.shape, how))
@@ -277,10 +275,10 @@ def _clustered(path: str, x: Any, weight: Any, how: _How) -> ClusteredArray:
             own = None if weight is None else weight[part].reshape(-1, how.dim)
             rows = wide[part].reshape(-1, how.dim)
             key = jax.random.fold_in(how.key, number)
-            if not traced and rows.shape[0] < how.clusters:
+            if rows.shape[0] < how.clusters:
                 raise ValueError(
-                    f"clusters: {how.clusters} are more than the {rows.shape[0]} vectors of leaf "
-                    f"{path!r}; use fewer bits or a smaller dim"
+                    f"clusters: {how.clusters} are more than the {rows.shape[0]} vectors of a codebook "
+                    f"of leaf {path!r}; use fewer bits, a smaller dim or larger groups"
                 )
             book, found = _vectors.additive(rows, how.clusters, how.stages, key, weight=own)
             books.append(book)
@@ -361,14 +359,17 @@ def _on_traced_line(
     return jnp.concatenate([jnp.zeros(1), centers]), jnp.where(kept, index + 1, 0)
 
 
-def _check_distinct(path: str, x: np.ndarray, how: _How) -> None:
-    """Refuses more clusters than values; looks at all of them only where there are few."""
+def _enough(x: np.ndarray, zero: bool, how: _How) -> _How:
+    """No more clusters than there are values (or vectors), so that these are stored exactly; looks at all
+    of them only where there are few.
+    """
     sample = x.reshape(-1)[: 64 * how.clusters]
-    if how.dim > 1 or len(np.unique(sample)) >= how.clusters:
-        return
-    distinct = len(np.unique(x))
-    if distinct < how.clusters:
-        raise ValueError(
-            f"clusters: {how.clusters} are more than the {distinct} distinct values of leaf {path!r}; "
-            f"use clusters={max(distinct, 2)} or fewer bits, or leave it out with where="
-        )
+    if how.dim > 1:
+        distinct = x.size // how.dim
+    elif how.stages > 1 or len(np.unique(sample)) >= how.clusters:
+        return how
+    else:
+        values = np.unique(x)
+        distinct = len(values) + (zero and not (values == 0).any())
+    count = min(how.clusters, max(distinct, 2))
+    return replace(how, clusters=count, bits=max(int(np.ceil(np.log2(count))), 1))

@@ -1,7 +1,6 @@
 """The clustered leaf: a codebook, and an index per weight."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,20 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from jaxprune import _trees
-from jaxprune.share._bits import Planes, packed, places, unpacked
+from jaxprune import _bits, _leaves, _trees
+from jaxprune._types import CompressedLeaf
 
 SELECTED = 16  # codewords that are told apart by comparisons; more are gathered
 SELECTED_BYTES = 32  # the same of codewords of one byte
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("codebook", "indices"),
-    meta_fields=("bits", "length", "dtype", "dim", "zero", "copies"),
+@_leaves.register(
+    data=("codebook", "indices"),
+    meta=("bits", "length", "dtype", "dim", "zero", "copies", "axis"),
 )
 @dataclass(frozen=True)
-class ClusteredArray:
+class ClusteredArray(CompressedLeaf):
     """An array whose entries share the values of a codebook: `codebook[index]`.
 
     A pytree node that jits, checkpoints and shards like any array. Gradients with respect to the codebook
@@ -33,15 +31,15 @@ class ClusteredArray:
         codewords of several stages or where codewords are vectors. `axes` are those of the dense
         array, of size 1 where they share a codebook, groups counted. An array, or a compressed leaf
         itself.
-      indices: planes of uint8 that hold an index for each entry, packed along the last axis (see
-        `index`).
+      indices: planes of uint8 that hold an index for each entry, packed along one axis (see `_bits`).
       bits: bits of an index, 1 to 8.
-      length: size of the dense last axis.
+      length: size of the dense array along the packed axis.
       dtype: dtype of the dense array.
       dim: entries along the last axis that one codeword holds.
       zero: the first codeword is 0 and stays 0: pruned weights have it.
       copies: the leading axis whose entries hold copies of one codebook, counted from the end, so that
         loops over it find one each; their gradients are summed. Or `None`.
+      axis: the packed axis, counted from the end: -2 where the last is too short to fill bytes.
 
     Example:
       >>> leaf = jp.cluster_tree({"w": jnp.array([[1.0, 1.1], [3.0, 2.9]])}, bits=1)["w"]
@@ -50,13 +48,14 @@ class ClusteredArray:
     """
 
     codebook: Any
-    indices: Planes
+    indices: _bits.Planes
     bits: int
     length: int
     dtype: Any
     dim: int = 1
     zero: bool = False
     copies: int | None = None
+    axis: int = -1
 
     @classmethod
     def of(
@@ -71,8 +70,10 @@ class ClusteredArray:
         copies: int | None = None,
     ) -> "ClusteredArray":
         """From indices one by one: (…, n), or (…, stages, n / dim)."""
-        length = index.shape[-1] * dim
-        return cls(codebook, packed(index, bits), bits, length, np.dtype(dtype), dim, zero, copies)
+        plain = dim == 1 and len(codebook.shape) == index.ndim + 1
+        axis = _bits.packing_axis(index.shape, bits) if plain else -1
+        length, planes = index.shape[axis] * dim, _bits.pack_planes(index, bits, axis)
+        return cls(codebook, planes, bits, length, np.dtype(dtype), dim, zero, copies, axis)
 
     @property
     def is_plain(self) -> bool:
@@ -82,34 +83,18 @@ class ClusteredArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense array."""
-        lead = self.indices[0].shape[:-1]
-        return (*(lead if self.is_plain else lead[:-1]), self.length)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the dense array."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of entries of the dense array."""
-        return int(np.prod(self.shape))
+        shape = list(self.indices[0].shape)
+        shape[self.axis] = self.length
+        return tuple(shape if self.is_plain else (*shape[:-2], shape[-1]))
 
     @property
     def clusters(self) -> int:
         """Codewords in a codebook (of one stage)."""
         return self.codebook.shape[-1 if self.is_plain else -2]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codebook and indices."""
-        book = self.codebook
-        own = book.nbytes if hasattr(book, "nbytes") else book.size * book.dtype.itemsize
-        return int(own) + sum(x.size for x in self.indices)
-
     def index(self) -> UInt8[Array, "..."]:
         """The index of each entry, (…, n), or (…, stages, n / dim)."""
-        return unpacked(self.indices, self.bits, self.length // self.dim)
+        return _bits.unpack_planes(self.indices, self.bits, self.length // self.dim, self.axis)
 
     def codewords(self) -> Float[Array, "..."]:
         """The codebook, dense, its zero in place, with gradients of copies summed."""
@@ -138,8 +123,8 @@ class ClusteredArray:
         return found.reshape(self.shape).astype(self.dtype)
 
     def __getitem__(self, index: int | slice) -> "ClusteredArray":
-        """Entries along the leading axis, still clustered; the last axis cannot be indexed so."""
-        if self.ndim < 2 or not isinstance(index, (int, slice, np.integer)):
+        """Entries along the leading axis, still clustered; a packed axis cannot be indexed so."""
+        if self.ndim + self.axis < 1 or not isinstance(index, (int, slice, np.integer)):
             raise TypeError(
                 f"index: expected an int or a slice along the first of at least two axes, got "
                 f"{index!r} for shape {self.shape}; use materialize()[...] for anything else"
@@ -150,12 +135,6 @@ class ClusteredArray:
         whole = isinstance(index, slice)
         book = book[index] if book.shape[0] == n else (book if whole else book[0])
         return replace(self, codebook=book, indices=tuple(x[index] for x in self.indices))
-
-    def astype(self, dtype: Any) -> "ClusteredArray":
-        """The same clusters, standing for an array of another float type."""
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"dtype: expected a float type, got {dtype}; use materialize() first")
-        return replace(self, dtype=np.dtype(dtype))
 
     def reshape(self, *shape: Any) -> "ClusteredArray":
         """Another shape with the same last axis, still clustered, if one codebook serves all.
@@ -169,14 +148,16 @@ class ClusteredArray:
         if self.copies is not None and book.shape[0] > 1:
             book = self.codewords()[:1]
         single = int(np.prod(book.shape[: self.ndim])) == 1
-        if not single or wanted[-1:] != self.shape[-1:] or np.prod(wanted) != self.size:
+        same = wanted[self.axis :] == self.shape[self.axis :]
+        if not single or not same or np.prod(wanted) != self.size:
             raise TypeError(
                 f"reshape: {self.shape} to {wanted} would part indices of one byte or codebook; "
                 "use materialize().reshape(...)"
             )
         rest = book.shape[self.ndim :]
-        extra = 0 if self.is_plain else 1
-        planes = [x.reshape(*wanted[:-1], *x.shape[x.ndim - 1 - extra :]) for x in self.indices]
+        kept = -self.axis + (0 if self.is_plain else 1)
+        lead = wanted[: self.axis]
+        planes = [x.reshape(*lead, *x.shape[x.ndim - kept :]) for x in self.indices]
         book = book.reshape(*(1 for _ in wanted), *rest)
         return replace(self, codebook=book, indices=tuple(planes), copies=None)
 
@@ -187,11 +168,19 @@ class ClusteredArray:
           TypeError: the leading axis is packed, or has groups.
         """
         book = jnp.asarray(_trees.dense(self.codebook))
-        if self.ndim < 2 or book.shape[0] not in (1, self.shape[0]):
+        if self.ndim + self.axis < 1 or book.shape[0] not in (1, self.shape[0]):
             raise TypeError(f"block: cuts through groups or bytes of shape {self.shape}")
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
         book = book if book.shape[0] == 1 else cut(book)
         return replace(self, codebook=book, indices=tuple(cut(x) for x in self.indices))
+
+    def check(self) -> None:
+        """See `CompressedLeaf`; the bytes of all planes are there."""
+        widths, count = _bits.widths_of(self.bits), self.length // self.dim
+        found = [x.shape[self.axis] for x in self.indices]
+        if found != [_bits.packed_length(count, self.bits, i) for i in range(len(widths))]:
+            raise ValueError(f"{count} indices of {self.bits} bits in {found} bytes")
+        super().check()
 
     def stacked(self) -> "ClusteredArray":
         """With a codebook for each entry of the leading axis, as loops over it need; groups stay."""
@@ -208,7 +197,7 @@ class ClusteredArray:
 
 def index_places(x: ClusteredArray) -> list[Array]:
     """The indices of each place in the bytes: side by side they are all, in order, and padding."""
-    return places(x.indices, x.bits)
+    return _bits.plane_fields(x.indices, x.bits, x.axis)
 
 
 def codewords_at(book: Float[Array, "..."], index: UInt8[Array, "..."]) -> Float[Array, "..."]:

@@ -1,7 +1,6 @@
 """Leaves that are products of smaller arrays."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,18 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxprune import _trees
+from jaxprune import _leaves, _trees
+from jaxprune._types import CompressedLeaf
 
 
-def _nbytes(*parts: Any) -> int:
-    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(parts))
-
-
-@partial(
-    jax.tree_util.register_dataclass, data_fields=("left", "right"), meta_fields=("tail", "dtype")
-)
+@_leaves.register(data=("left", "right"), meta=("tail", "dtype"))
 @dataclass(frozen=True)
-class LowRankArray:
+class LowRankArray(CompressedLeaf):
     """An array of low rank: `left @ right`, over one inner axis.
 
     A pytree node that jits, checkpoints and trains like any array: gradients go to the factors. With
@@ -58,33 +52,12 @@ class LowRankArray:
         """Shape of the dense array."""
         return (*self.left.shape[:-1], *self.right.shape[self.batch + 1 :])
 
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the dense array."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of entries of the dense array."""
-        return int(np.prod(self.shape))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both factors."""
-        return _nbytes(self.left, self.right)
-
     def materialize(self) -> Float[Array, "..."]:
         """The dense array, of `shape` and `dtype`."""
         left, right = jnp.asarray(_trees.dense(self.left)), jnp.asarray(_trees.dense(self.right))
         lead = left.shape[: self.batch]
         product = left.reshape(*lead, -1, self.rank) @ right.reshape(*lead, self.rank, -1)
         return product.reshape(self.shape).astype(self.dtype)
-
-    def astype(self, dtype: Any) -> "LowRankArray":
-        """The same factors, standing for an array of another float type."""
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"dtype: expected a float type, got {dtype}; use materialize() first")
-        return replace(self, dtype=np.dtype(dtype))
 
     def __getitem__(self, index: int | slice) -> "LowRankArray":
         """Entries along a leading batch axis, still factors."""
@@ -144,13 +117,9 @@ class LowRankArray:
         return replace(self, left=of(self.left), right=of(self.right))
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("left", "core", "right"),
-    meta_fields=("dtype",),
-)
+@_leaves.register(data=("left", "core", "right"), meta=("dtype",))
 @dataclass(frozen=True)
-class TuckerArray:
+class TuckerArray(CompressedLeaf):
     """A convolution kernel as three: channels in, space, channels out.
 
     `kernel[s, i, o] = sum_ab left[i, a] core[s, a, b] right[b, o]` (Tucker), or, with a core of one input
@@ -184,21 +153,6 @@ class TuckerArray:
         """Shape of the kernel, (space…, in, out)."""
         return (*self.core.shape[:-2], self.left.shape[0], self.right.shape[-1])
 
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the kernel."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of entries of the kernel."""
-        return int(np.prod(self.shape))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the factors."""
-        return _nbytes(self.left, self.core, self.right)
-
     def materialize(self) -> Float[Array, "..."]:
         """The kernel, of `shape` and `dtype`."""
         left, core, right = (
@@ -209,12 +163,6 @@ class TuckerArray:
         else:
             kernel = jnp.einsum("ia,...ab,bo->...io", left, core, right)
         return kernel.astype(self.dtype)
-
-    def astype(self, dtype: Any) -> "TuckerArray":
-        """The same factors, standing for a kernel of another float type."""
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"dtype: expected a float type, got {dtype}; use materialize() first")
-        return replace(self, dtype=np.dtype(dtype))
 
     def stacked(self) -> None:
         """Nothing: it has no axis of layers."""

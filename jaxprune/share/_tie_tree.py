@@ -1,4 +1,4 @@
-"""Making alike weights one tensor."""
+"""Weight tying: alike weights become one tensor."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from jaxprune import _checks, _trees
 from jaxprune._types import Params, PyTree, Where
 from jaxprune.share._decompose import low_rank
 from jaxprune.share._similarity import Piece, alike_shapes, best_order, matrix_of, pieces_of
-from jaxprune.share._tied import Tie, TiedLayers, TiedTree
+from jaxprune.share._tied import TiedArray, TiedLayers
 
 
 def tie_tree(
@@ -25,7 +25,7 @@ def tie_tree(
     rank: int | None = None,
     layers: Where = (),
     where: Where = None,
-) -> TiedTree:
+) -> PyTree:
     """Lets alike weights be one tensor: their mean.
 
     Weights are joined pair by pair, most alike first; a set of weights is as alike as its least alike
@@ -46,7 +46,8 @@ def tie_tree(
       where: which other leaves; by default floating leaves with two axes or more.
 
     Returns:
-      A `TiedTree`: `expand()` gives the tree that functions take, and `jp.compressed` takes it as it is.
+      The tree with `TiedArray` leaves in the places of tied ones (`TiedLayers` for stacks), which
+      `jp.compressed` takes as it is; `jp.share.resolve_ties` gives the tree that other functions take.
 
     Raises:
       ValueError: not one target; ties of unequal shapes or of unknown paths; a budget that cannot be met;
@@ -54,7 +55,7 @@ def tie_tree(
 
     Example:
       >>> params = {"a": jnp.eye(2), "b": jnp.eye(2) * 1.1, "c": -jnp.eye(2)}
-      >>> jp.tie_tree(params, threshold=0.99).ties
+      >>> jp.share.ties(jp.tie_tree(params, threshold=0.99))
       {'b': 'a'}
 
     References: Lan et al., ALBERT, 2019, https://arxiv.org/abs/1909.11942; Bae et al., "Relaxed Recursive
@@ -84,7 +85,7 @@ def tie_tree(
     for leaf, parts in stacks.items():
         if any(len(part) > 1 for part in parts):
             out[leaf] = _tied_layers(parts, leaves[leaf].dtype, scale)
-    return TiedTree(treedef.unflatten(out))
+    return treedef.unflatten(out)
 
 
 def _explicit(
@@ -208,9 +209,12 @@ def _tie(
                     f"rank: {rank} is more than the full rank {min(rest.shape)} of leaf {piece.name!r}"
                 )
             left, right = (jnp.asarray(part, dtype) for part in low_rank(rest, rank, None))
-        own = leaves[piece.leaf].dtype
+        own, path = leaves[piece.leaf], paths[piece.leaf]
         number = jnp.asarray(factor, jnp.float32) if scale else None
-        out[piece.leaf] = Tie(number, left, right, paths[first.leaf], order, np.dtype(own))
+        shape, dtype = tuple(own.shape), np.dtype(own.dtype)
+        out[piece.leaf] = TiedArray(
+            number, left, right, paths[first.leaf], path, shape, order, dtype
+        )
 
 
 def _tied_layers(parts: list[list[Piece]], dtype: Any, scale: bool) -> TiedLayers:

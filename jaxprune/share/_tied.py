@@ -1,47 +1,86 @@
 """Leaves and layers that are one tensor."""
 
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxprune import _trees
-from jaxprune._types import Params, PyTree, is_compressed
+from jaxprune import _leaves, _trees
+from jaxprune._types import CompressedLeaf, PyTree, check_float, is_compressed
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("scale", "left", "right"),
-    meta_fields=("source", "order", "dtype"),
+@_leaves.register(
+    data=("scale", "left", "right"), meta=("source", "name", "extent", "order", "dtype")
 )
 @dataclass(frozen=True)
-class Tie:
-    """A leaf that is another one: `scale * source[..., order] + left @ right`.
+class TiedArray(CompressedLeaf):
+    """A leaf that is another one of its tree: `scale * source[..., order] + left @ right`.
+
+    The tensor is held once, by the source: its gradient is the sum over all places, its bytes count once,
+    and it is pruned, quantized or clustered there, for all. Functions that run a model on a tree find the
+    source by its path.
 
     Attributes:
       scale: scalar, or `None` for 1.
       left, right: (batch…, m, rank) and (rank, n) of what it adds, or `None`.
       source: path of the leaf that holds the tensor.
+      name: its own path, where `source` was found.
+      extent: its shape.
       order: places along the last axis of the source, or `None` as they are.
       dtype: dtype of the leaf.
+
+    Example:
+      >>> params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
+      >>> tied = jp.tie_tree(params, threshold=0.9)
+      >>> tied["b"].source, tied["b"].nbytes, jp.nbytes(tied)
+      ('a', 0, 16)
+      >>> loss = lambda t: sum(jnp.sum(x) for x in jp.share.resolve_ties(t).values())
+      >>> jax.grad(loss)(tied)["a"][0, 0].item()
+      2.0
     """
 
     scale: Array | None
     left: Array | None
     right: Array | None
     source: str
+    name: str
+    extent: tuple[int, ...]
     order: tuple[int, ...] | None
     dtype: Any
 
-    def of(self, leaf: Any) -> Any:
-        """The leaf that it stands for, from the source: the very same where nothing differs."""
+    is_tie: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the leaf."""
+        return self.extent
+
+    def materialize(self) -> Array:
+        """Not without its tree: see `resolved`."""
+        raise ValueError(
+            f"leaf {self.name!r} is tied to {self.source!r} and has no numbers of its own; resolve the "
+            "ties of its whole tree first: jp.share.resolve_ties(tree)"
+        )
+
+    def check(self) -> None:
+        """Nothing to check without its tree."""
+
+    def resolved(self, path: str, leaves: dict[str, Any]) -> Any:
+        """The leaf that it stands for, from the leaves of its tree by path: the very same where nothing
+        differs.
+        """
+        found = leaves.get(path.removesuffix(self.name) + self.source)
+        if found is None or not path.endswith(self.name):
+            raise ValueError(
+                f"leaf {path!r} is tied to {self.source!r}, which is not in this tree; pass the tree "
+                "that jp.tie_tree made, whole, or resolve its ties first: jp.share.resolve_ties(tree)"
+            )
         if self.scale is None and self.left is None and self.order is None:
-            return leaf if leaf.dtype == self.dtype else leaf.astype(self.dtype)
-        x = jnp.asarray(_trees.dense(leaf))
+            return found if found.dtype == self.dtype else found.astype(self.dtype)
+        x = jnp.asarray(_trees.dense(found))
         if self.order is not None:
             x = jnp.take(x, np.asarray(self.order), axis=-1)
         if self.scale is not None:
@@ -52,50 +91,21 @@ class Tie:
         return x.astype(self.dtype)
 
 
-def _is_leaf(x: Any) -> bool:
-    return is_compressed(x) or isinstance(x, Tie)
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=("tree",), meta_fields=())
-@dataclass(frozen=True)
-class TiedTree:
-    """Parameters some of whose leaves are others; from `jp.tie_tree`.
-
-    A pytree that jits, checkpoints and trains like any: each tensor is held once, and its gradient is
-    the sum over all its places.
-
-    Attributes:
-      tree: the parameters, with a `Tie` in the place of each tied leaf.
+def ties(tree: PyTree) -> dict[str, str]:
+    """The source of each tied leaf of a tree, by path.
 
     Example:
-      >>> params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
-      >>> tied = jp.tie_tree(params, threshold=0.9)
-      >>> jp.nbytes(tied), list(tied.expand())
-      (16, ['a', 'b'])
-      >>> jax.grad(lambda t: jnp.sum(t.expand()["a"] + t.expand()["b"]))(tied).tree["a"][0, 0].item()
-      2.0
+      >>> params = {"a": jnp.eye(2), "b": jnp.eye(2) * 1.1, "c": -jnp.eye(2)}
+      >>> jp.share.ties(jp.tie_tree(params, threshold=0.99))
+      {'b': 'a'}
     """
-
-    tree: PyTree
-
-    def expand(self) -> Params:
-        """The tree that functions take; tied leaves are the very same array, not a copy."""
-        items, treedef = jax.tree_util.tree_flatten_with_path(self.tree, is_leaf=_is_leaf)
-        held = {_trees.path_str(path): leaf for path, leaf in items}
-        return treedef.unflatten(
-            leaf.of(held[leaf.source]) if isinstance(leaf, Tie) else leaf for _, leaf in items
-        )
-
-    @property
-    def ties(self) -> dict[str, str]:
-        """The source of each tied leaf, by path."""
-        items, _ = jax.tree_util.tree_flatten_with_path(self.tree, is_leaf=_is_leaf)
-        return {_trees.path_str(p): leaf.source for p, leaf in items if isinstance(leaf, Tie)}
+    paths, leaves, _ = _trees.flatten(tree)
+    return {p: leaf.source for p, leaf in zip(paths, leaves, strict=True) if _trees.is_tie(leaf)}
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("shared", "scale"), meta_fields=("owner",))
+@_leaves.register(data=("shared", "scale"), meta=("owner",))
 @dataclass(frozen=True)
-class TiedLayers:
+class TiedLayers(CompressedLeaf):
     """A stack of layers some of which are one tensor: layer `i` is `scale[i] * shared[owner[i]]`.
 
     Attributes:
@@ -106,7 +116,7 @@ class TiedLayers:
     Example:
       >>> params = {"layers": jnp.stack([jnp.eye(3), jnp.ones((3, 3)), jnp.eye(3)])}
       >>> tied = jp.tie_tree(params, threshold=0.9, layers="layers")
-      >>> tied.expand()["layers"].owner
+      >>> tied["layers"].owner
       (0, 1, 0)
     """
 
@@ -124,21 +134,6 @@ class TiedLayers:
         """Dtype of the stack."""
         return self.shared.dtype
 
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the stack."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of entries of the stack."""
-        return int(np.prod(self.shape))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is held."""
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
-
     def materialize(self) -> Array:
         """The whole stack."""
         found = jnp.asarray(_trees.dense(self.shared))[np.asarray(self.owner)]
@@ -153,8 +148,7 @@ class TiedLayers:
 
     def astype(self, dtype: Any) -> "TiedLayers":
         """The same ties, of another float type."""
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"dtype: expected a float type, got {dtype}; use materialize() first")
+        check_float(dtype)
         return replace(self, shared=self.shared.astype(dtype))
 
     def stacked(self) -> Any:

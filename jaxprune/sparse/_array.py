@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,18 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxprune import _trees
+from jaxprune import _bits, _leaves, _trees
+from jaxprune._types import CompressedLeaf
 
 LARGEST = 32  # neighbours in a group
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("values", "flags"),
-    meta_fields=("n", "m", "axis", "length", "per", "dtype"),
-)
+@_leaves.register(data=("values", "flags"), meta=("n", "m", "axis", "length", "per", "dtype"))
 @dataclass(frozen=True)
-class SparseArray:
+class SparseArray(CompressedLeaf):
     """An array of which at most `n` of every `m` neighbours along an axis are not zero.
 
     A pytree node that jits, checkpoints and shards like any array; gradients go to the values that are
@@ -32,7 +28,7 @@ class SparseArray:
       values: what is left of each group, in order, and zeros where that is less than `n`: the dense shape
         with `n * ceil(length / m)` entries along the axis. An array, or a compressed leaf itself.
       flags: unsigned integers with a bit for each neighbour of a group, the first in the lowest bit;
-        groups of 2 or 4 share bytes, those of one byte far apart.
+        groups of 2 or 4 share bytes (see `_bits`).
       n, m: the pattern.
       axis: along which groups lie, counted from the end.
       length: of the dense axis.
@@ -72,16 +68,8 @@ class SparseArray:
         flags = jnp.sum(kept.astype(place.dtype) << place, at + 1, dtype=place.dtype)
         merged = (*values.shape[:at], -1, *values.shape[at + 2 :])
         per = max(8 // width_of(m), 1)
-        return cls(
-            values.reshape(merged),
-            _packed(flags, at, per),
-            n,
-            m,
-            axis,
-            length,
-            per,
-            np.dtype(x.dtype),
-        )
+        flags = flags if per == 1 else _bits.pack(flags, 8 // per, axis)
+        return cls(values.reshape(merged), flags, n, m, axis, length, per, np.dtype(x.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,30 +79,18 @@ class SparseArray:
         return tuple(shape)
 
     @property
-    def ndim(self) -> int:
-        """Number of axes of the dense array."""
-        return len(self.values.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of entries of the dense array."""
-        return int(np.prod(self.shape))
-
-    @property
     def groups(self) -> int:
         """Groups along the axis."""
         return -(-self.length // self.m)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of values and flags."""
-        stored = (*jax.tree.leaves(self.values), self.flags)
-        return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in stored)
-
     def opened(self) -> "SparseArray":
         """The same with the flags of each group in an integer of its own."""
-        at = len(self.flags.shape) + self.axis
-        return replace(self, flags=_unpacked(self.flags, at, self.per, self.groups), per=1)
+        if self.per == 1:
+            return self
+        unpacked = _bits.unpack(
+            self.flags, 8 // self.per, self.groups, signed=False, axis=self.axis
+        )
+        return replace(self, flags=unpacked, per=1)
 
     def spread(self, values: Array) -> Array:
         """Values in their places, in the dense shape; zeros between. Any dtype."""
@@ -157,6 +133,12 @@ class SparseArray:
             length=size,
         )
 
+    def check(self) -> None:
+        """See `CompressedLeaf`; the flags of all groups are there."""
+        super().check()
+        if self.flags.shape[self.axis] != -(-self.groups // self.per):
+            raise ValueError(f"flags of {self.flags.shape} for {self.groups} groups")
+
     def quantized(self, one: Callable[[Any, Any], Any], spec: Any) -> "SparseArray":
         """The same with quantized values: what `quantize_tree` makes of it.
 
@@ -165,10 +147,6 @@ class SparseArray:
         if spec.group_size is None and self.axis in (-1, -2) and self.ndim > 1:
             spec = replace(spec, channel_axis=-3 - self.axis)
         return replace(self, values=one(_trees.dense(self.values), spec))
-
-    def astype(self, dtype: Any) -> "SparseArray":
-        """The same with another dense dtype."""
-        return replace(self, dtype=np.dtype(dtype))
 
 
 def width_of(m: int) -> int:
@@ -183,23 +161,3 @@ def _padded(x: Array, axis: int, count: int) -> Array:
 def _grouped(x: Array, at: int, size: int) -> Array:
     """An axis as groups and their entries."""
     return x.reshape(*x.shape[:at], x.shape[at] // size, size, *x.shape[at + 1 :])
-
-
-def _packed(flags: Array, at: int, per: int) -> Array:
-    """Flags of several groups in a byte: those at `i`, `count + i`, … share the byte `i`."""
-    count = -(-flags.shape[at] // per)
-    flags = _padded(flags, at - flags.ndim, count * per - flags.shape[at])
-    found = jax.lax.slice_in_dim(flags, 0, count, axis=at)
-    for i in range(1, per):
-        part = jax.lax.slice_in_dim(flags, i * count, (i + 1) * count, axis=at)
-        found = found | (part << (i * (8 // per)))
-    return found
-
-
-def _unpacked(flags: Array, at: int, per: int, groups: int) -> Array:
-    """Flags of each group. Inverse of `_packed`."""
-    if per == 1:
-        return flags
-    width = 8 // per
-    parts = [(flags >> (i * width)) & ((1 << width) - 1) for i in range(per)]
-    return jax.lax.slice_in_dim(jnp.concatenate(parts, at), 0, groups, axis=at)

@@ -1,20 +1,22 @@
 """Structure: units and layers of a traced function, masked whole and removed for good."""
 
-from jaxprune.structure._compact import SmallFunction, compact
+from jaxprune.structure._compact import CompactFunction, compact
 from jaxprune.structure._layer_masks import layer_masks
 from jaxprune.structure._layer_scores import layer_scores
 from jaxprune.structure._layers import Layer, layers
 from jaxprune.structure._pattern import Units
+from jaxprune.structure._shrink import shrink
 from jaxprune.structure._units import keep_units, unit_masks, widths
 
 __all__ = [
+    "CompactFunction",
     "Layer",
-    "SmallFunction",
     "Units",
     "keep_units",
     "layer_masks",
     "layer_scores",
     "layers",
+    "shrink",
     "unit_masks",
     "widths",
 ]

@@ -16,8 +16,9 @@ from jaxprune.structure._scoring import like_params
 
 def layer_masks(
     graph: Graph,
-    scores: Mapping[str, float] | Scores,
+    scores: Scores | None = None,
     *,
+    layer_scores: Mapping[str, float] | None = None,
     sparsity: float | None = None,
     count: int | None = None,
     flops: float | None = None,
@@ -31,8 +32,8 @@ def layer_masks(
 
     Args:
       graph: from `jp.trace`.
-      scores: score by name of the layer, from `layer_scores`; or scores of the parameters, which are
-        averaged over each layer.
+      scores: any scores of the traced parameters, which are averaged over each layer.
+      layer_scores: instead, a score by name of the layer, of `jp.structure.layer_scores`.
       sparsity: fraction of the layers to remove, in [0, 1].
       count: number of layers to remove.
       flops: fraction of the FLOPs of a call to keep, in (0, 1]; the fewest layers that reach it go.
@@ -68,7 +69,7 @@ def layer_masks(
             f"expected one of sparsity=, count= and flops=, got {sorted(given) or 'none'}"
         )
     everything = some_layers(graph, pattern)
-    ranked = _by_layer(graph, everything, scores)
+    ranked = _by_layer(graph, everything, scores, layer_scores)
     closed = [_trees.compile_pattern(p, parameter="ignore") for p in _as_list(ignore)]
     open_layers = [x for x in everything if not any(regex.search(x.name) for regex in closed)]
     for regex in closed:
@@ -89,13 +90,21 @@ def _as_list(patterns: Sequence[str]) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
-def _by_layer(graph: Graph, found: tuple[Layer, ...], scores: Any) -> dict[str, float]:
-    """Score by layer, from such a dict or from scores of parameters."""
-    names = {layer.name for layer in found}
-    if isinstance(scores, Mapping) and names & set(scores):
-        if any(np.ndim(x) for x in scores.values()):
-            raise ValueError("scores: expected one number per layer, as layer_scores gives them")
-        return {name: float(x) for name, x in scores.items()}
+def _by_layer(
+    graph: Graph, found: tuple[Layer, ...], scores: Any, of_layers: Mapping[str, float] | None
+) -> dict[str, float]:
+    """Score by layer, as given or from scores of parameters."""
+    if (scores is None) == (of_layers is None):
+        raise ValueError(
+            "scores, layer_scores: expected one of them: scores of parameters (a tree like them), or "
+            "those of structure.layer_scores by name of the layer"
+        )
+    if of_layers is not None:
+        if not isinstance(of_layers, Mapping) or any(np.ndim(x) for x in of_layers.values()):
+            raise ValueError(
+                "layer_scores: expected one number per layer, as layer_scores gives them"
+            )
+        return {name: float(x) for name, x in of_layers.items()}
     _checks.same_structure("scores", scores, "the traced params", like_params(graph))
     return {layer.name: mean_score(graph, layer, scores) for layer in found}
 
@@ -112,8 +121,8 @@ def _lowest(
     missing = [layer.name for layer in found if layer.name not in ranked]
     if missing:
         raise ValueError(
-            f"scores: no score of layer {missing[0]!r}; use the names of structure.layers(graph), or "
-            "contiguous=True with scores of several layers"
+            f"layer_scores: no score of layer {missing[0]!r}; use the names of structure.layers(graph), "
+            "or contiguous=True with scores of several layers"
         )
     return sorted(found, key=lambda layer: ranked[layer.name])[:count]
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxprune import _checks
 from jaxprune._types import Params, PyTree, Scores
-from jaxprune.graph import Graph, turns_of
-from jaxprune.program import Operation, carries_of, inputs_of, observe, run_operation
+from jaxprune.graph import Graph, iterations_of
+from jaxprune.program import Executor, Operation, inputs_of, split_scan
 from jaxprune.structure._layers import Layer, some_layers
 
 _MEASURES = ("influence", "angular", "loss", "magnitude")
@@ -93,7 +93,7 @@ def _loss_changes(
         masked = [
             jnp.where(k, x, jnp.zeros((), x.dtype)) for k, x in zip(keep, leaves, strict=True)
         ]
-        outs = observe(graph.program, [*masked, *inputs], run_operation)
+        outs, _ = Executor().run(graph.program, [*masked, *inputs])
         return loss(graph.program.out_tree.unflatten(outs))
 
     dense = float(run(keep))
@@ -117,24 +117,28 @@ def _streams(
 ) -> list[tuple[jax.Array, jax.Array]]:
     """The residual stream before and after each layer."""
     wanted = {number for layer in found for span in layer.spans for number in span}
-    scans = set(turns_of(graph))
+    scans = [op for op in graph.program.operations if op.outs[:1] and op.outs[0] in wanted]
+    carries = [(op, *_main_carry(graph, op)) for op in scans if op.outs[0] in iterations_of(graph)]
+    entered = {op.outs[0] for op, *_ in carries}
+    numbers = wanted.union(*(ends for _, *ends in carries))
 
     @jax.jit
-    def run(leaves: list[Any], inputs: list[Any]) -> dict[int, Any]:
-        values = dict(zip(graph.program.inputs, [*leaves, *inputs], strict=True))
-        kept = {i: values[i] for i in wanted if i in values}
+    def run(leaves: list[Any], inputs: list[Any]) -> dict[str, Any]:
+        def note(operation: Operation, outs: list[Any]) -> dict[str, Any]:
+            made = zip(operation.outs, outs, strict=True)
+            return {str(i): x for i, x in made if i in numbers}
 
-        def hook(operation: Operation, operands: list[Any]) -> list[Any]:
-            outs = run_operation(operation, operands)
-            kept.update({i: x for i, x in zip(operation.outs, outs, strict=True) if i in wanted})
-            if operation.outs[0] in scans & wanted:
-                kept[operation.outs[0]] = carries_of(operation, operands)
-            return outs
-
-        observe(graph.program, [*leaves, *inputs], hook)
+        executor = Executor(note=note, enters=lambda op: not entered.isdisjoint(op.outs[:1]))
+        kept = executor.run(graph.program, [*leaves, *inputs])[1]
+        given = zip(graph.program.inputs, [*leaves, *inputs], strict=True)
+        kept |= {str(i): x for i, x in given if i in numbers}
+        for scan, start, after in carries:  # (iterations + 1, ...)
+            ends = [kept[str(start)][None], kept[str(after)]]
+            order = -1 if scan.params["reverse"] else 1
+            kept[str(scan.outs[0])] = jnp.concatenate(ends[::order])
         return kept
 
-    kept = run(leaves, inputs)
+    kept = {int(name): x for name, x in run(leaves, inputs).items()}
     pairs = []
     for layer in found:
         first, index = layer.spans[0]
@@ -143,6 +147,15 @@ def _streams(
         else:
             pairs.append((kept[first], kept[layer.spans[-1][1]]))
     return pairs
+
+
+def _main_carry(graph: Graph, scan: Operation) -> tuple[int, int]:
+    """The largest floating carry of a scan: number of its start, and of the result of an iteration."""
+    n_consts, n_carry = split_scan(scan.params)
+    avals = [graph.program.avals[i] for i in scan.ins[n_consts : n_consts + n_carry]]
+    floats = [i for i, x in enumerate(avals) if jnp.issubdtype(x.dtype, jnp.floating)]
+    main = max(floats, key=lambda i: avals[i].size)
+    return scan.ins[n_consts + main], scan.inner[0].outputs[main]
 
 
 def _distance(before: jax.Array, after: jax.Array, by: str) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxprune import _trees
-from jaxprune.graph import Graph, Group, residual_blocks, turns_of
+from jaxprune.graph import Graph, Group, iterations_of, residual_blocks
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Layer:
 
 
 def layers(graph: Graph, *, pattern: str | None = None) -> tuple[Layer, ...]:
-    """The layers that may go: residual branches, and turns of scans over stacked layers.
+    """The layers that may go: residual branches, and iterations of scans over stacked layers.
 
     A branch counts when its own parameters, masked, make it zero, so that the stream passes unchanged.
 
@@ -67,7 +67,7 @@ def layers(graph: Graph, *, pattern: str | None = None) -> tuple[Layer, ...]:
             found[_unused(name, found)] = Layer(_unused(name, found), leaves, spans)
     for group in graph.groups:
         if group.kind == "layers":
-            found.update({layer.name: layer for layer in _turns(graph, group)})
+            found.update({layer.name: layer for layer in _iterations(graph, group)})
     if pattern and regex and not any(regex.search(p) for p in graph.paths):
         raise ValueError(_trees.no_match(pattern, graph.paths, parameter="pattern"))
     return tuple(found.values())
@@ -93,13 +93,15 @@ def _unused(name: str, taken: Mapping[str, Any]) -> str:
     return candidate
 
 
-def _turns(graph: Graph, group: Group) -> list[Layer]:
-    """The turns of one scan, first to last."""
+def _iterations(graph: Graph, group: Group) -> list[Layer]:
+    """The iterations of one scan, first to last."""
     own = dict(zip(graph.paths, graph.own, strict=True))
     path, axis = group.members[0]
-    order = graph.units.label[own[path].ids[axis]]
+    order = graph.solution.label[own[path].ids[axis]]
     (operation,) = [
-        number for number, ids in turns_of(graph).items() if graph.units.label[ids[0]] == order[0]
+        number
+        for number, ids in iterations_of(graph).items()
+        if graph.solution.label[ids[0]] == order[0]
     ][:1]
     positions = [graph.paths.index(path) for path, axis in group.members if axis == 0]
     prefix = _common([graph.paths[i] for i in positions])

@@ -14,7 +14,7 @@ from jaxprune.structure._scoring import (
     like_params,
     normalized,
     open_groups,
-    unit_scores,
+    score_units,
 )
 
 
@@ -66,7 +66,7 @@ class Units:
         leaves = [jnp.asarray(x) for x in self._graph.treedef.flatten_up_to(scores)]
         found = []
         for group, places in zip(self._groups, self._places, strict=True):
-            x = unit_scores(leaves, places, group.size, self._reduce)
+            x = score_units(leaves, places, group.size, self._reduce)
             x = normalized(x, self._normalize)
             best = jnp.argsort(-x, stable=True)[: self._min_units]
             found.append(x.at[best].set(jnp.inf))

@@ -15,7 +15,7 @@ NORMALIZATIONS = ("mean", "none", "max", "sum", "gaussian")
 _TINY = 1e-30
 
 
-def unit_scores(leaves: Sequence[Any], places: list[Place], size: int, reduce: str) -> Any:
+def score_units(leaves: Sequence[Any], places: list[Place], size: int, reduce: str) -> Any:
     """One score per unit: NumPy arrays from NumPy leaves, JAX arrays from JAX leaves.
 
     Scores of `-inf` belong to entries that are masked already and do not count; a unit that has no others
@@ -102,7 +102,7 @@ def like_params(graph: Graph) -> PyTree:
 
 def masks_without(graph: Graph, gone: np.ndarray) -> Masks:
     """Masks that remove some units, given per component whether it goes."""
-    removed = graph.units.removed(gone)
+    removed = graph.solution.removed(gone)
     masks = []
     for axes, shape in zip(graph.own, graph.shapes, strict=True):
         mask = np.ones((1,) * len(shape), bool)

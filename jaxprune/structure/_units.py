@@ -1,5 +1,6 @@
 """Which units go: scores of entries gathered into scores of units, and the lowest of them masked."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxprune.structure._scoring import (
     masks_without,
     normalized,
     open_groups,
-    unit_scores,
+    score_units,
 )
 
 _SCOPES = ("global", "leaf", "isomorphic")
@@ -24,8 +25,9 @@ _BISECTIONS = 24
 
 def unit_masks(
     graph: Graph,
-    scores: Scores,
+    scores: Scores | None = None,
     *,
+    unit_scores: Mapping[str, Any] | None = None,
     sparsity: float | None = None,
     params: float | None = None,
     flops: float | None = None,
@@ -43,9 +45,9 @@ def unit_masks(
 
     Args:
       graph: from `jp.trace`.
-      scores: any scores of the traced parameters; leaves that score the scalar `+inf` say nothing. Or
-        scores of units, by name of their group, `{name: (units,)}`, such as the rates at which gates
-        open them (`jp.gates.inspect`); groups without scores stay whole.
+      scores: any scores of the traced parameters; leaves that score the scalar `+inf` say nothing.
+      unit_scores: instead, scores of units, by name of their group, `{name: (units,)}`, such as the
+        rates at which gates open them (`jp.gates.inspect`); groups without scores stay whole.
       sparsity: fraction of the units to remove, in [0, 1].
       params: fraction of the parameters to keep, in (0, 1].
       flops: fraction of the FLOPs of a call to keep, in (0, 1].
@@ -65,8 +67,11 @@ def unit_masks(
       stay; `layer_masks` is for them.
 
     Raises:
-      ValueError: no target or several, a target out of range or out of reach, scores of another tree, or
-        an `ignore` that matches nothing.
+      ValueError: no target or several, a target out of range or out of reach, no units that can go (with
+        the reasons), scores of another tree, or an `ignore` that matches nothing.
+
+    Warns:
+      UserWarning: nothing goes, though a sparsity was asked for.
 
     Example:
       >>> tree = {"a": jnp.array([[3.0, 1.0, 2.0]]), "b": jnp.ones((3, 2))}
@@ -89,26 +94,58 @@ def unit_masks(
     ((target, value),) = given.items()
     _checks.fraction(target, value)
     groups = open_groups(graph, ignore)
-    ranked = [normalized(x, normalize) for x in _scores_of(graph, groups, scores, reduce)]
+    ranked = [
+        normalized(x, normalize) for x in _scores_of(graph, groups, scores, unit_scores, reduce)
+    ]
     classes = _classes(graph, groups, scope)
 
     def choose(fraction: float) -> np.ndarray:
         return _chosen(graph, groups, ranked, fraction, classes, round_to, min_units)
 
+    if value and target == "sparsity":
+        _check_open(graph, groups, ignore)
     if target == "sparsity":
-        return masks_without(graph, choose(value))
+        removed = choose(value)
+        if not removed.any() and round(value * sum(group.size for group in groups)):
+            names = ", ".join(group.name for group in groups[:4])
+            warnings.warn(
+                f"sparsity: nothing goes at {value:g}: min_units={min_units} and round_to={round_to} "
+                f"keep all units of {names}, or no score is finite",
+                stacklevel=2,
+            )
+        return masks_without(graph, removed)
     measure = _measure(graph, target)
     return masks_without(graph, _search(choose, measure, target, value))
 
 
-def _scores_of(graph: Graph, groups: list[Group], scores: Any, reduce: str) -> list[np.ndarray]:
+def _check_open(graph: Graph, groups: list[Group], ignore: Sequence[str]) -> None:
+    """Refuses to remove units where none can go."""
+    if groups:
+        return
+    if graph.groups:
+        names = ", ".join(group.name for group in graph.groups[:4])
+        raise ValueError(f"sparsity: nothing to remove: ignore={ignore!r} closes all of {names}")
+    reasons = "; ".join(f"{path}[{axis}]: {why}" for (path, axis), why in graph.frozen[:4])
+    raise ValueError(
+        f"sparsity: no unit of this function can go: {reasons or 'no parameter is read'}"
+    )
+
+
+def _scores_of(
+    graph: Graph, groups: list[Group], scores: Any, of_units: Mapping[str, Any] | None, reduce: str
+) -> list[np.ndarray]:
     """One score per unit of each group."""
-    if isinstance(scores, Mapping) and scores and set(scores) <= {g.name for g in graph.groups}:
-        _check_units("scores", graph, scores)
-        return [_on_host(scores.get(g.name, np.full(g.size, np.inf))) for g in groups]
+    if (scores is None) == (of_units is None):
+        raise ValueError(
+            "scores, unit_scores: expected one of them: scores of parameters (a tree like them), or of "
+            "units by group"
+        )
+    if of_units is not None:
+        _check_units("unit_scores", graph, of_units)
+        return [_on_host(of_units.get(g.name, np.full(g.size, np.inf))) for g in groups]
     _checks.same_structure("scores", scores, "the traced params", like_params(graph))
     leaves = [_on_host(x) for x in graph.treedef.flatten_up_to(scores)]
-    return [unit_scores(leaves, places_of(graph, g), g.size, reduce) for g in groups]
+    return [score_units(leaves, places_of(graph, g), g.size, reduce) for g in groups]
 
 
 def _check_units(parameter: str, graph: Graph, given: Mapping[str, Any]) -> None:
@@ -144,7 +181,7 @@ def keep_units(graph: Graph, keep: Mapping[str, Any]) -> Masks:
       [[True, False, True]]
     """
     _check_units("keep", graph, keep)
-    gone = np.zeros(len(graph.units.why), bool)
+    gone = np.zeros(len(graph.solution.reason), bool)
     for group in graph.groups:
         if group.name in keep:
             gone[group.units[~np.asarray(keep[group.name], bool)]] = True
@@ -168,7 +205,7 @@ def _chosen(
         mine = np.flatnonzero(classes[owner] == kind)
         lowest = mine[np.argsort(everything[mine], kind="stable")][: round(fraction * len(mine))]
         wanted += np.bincount(owner[lowest], minlength=len(groups))
-    gone = np.zeros(len(graph.units.why), bool)
+    gone = np.zeros(len(graph.solution.reason), bool)
     for group, score, count in zip(groups, ranked, wanted.tolist(), strict=True):
         left = max(group.size - count, min(min_units, group.size))
         if group.size >= round_to:
@@ -200,12 +237,14 @@ def _classes(graph: Graph, groups: list[Group], scope: str) -> np.ndarray:
 def _measure(graph: Graph, target: str) -> Callable[[np.ndarray], float]:
     """The fraction of parameters or FLOPs that is left."""
     sizes = lambda removed: sum(
-        int(np.prod([len(ids) - removed[ids].sum() for ids in axes.ids])) for axes in graph.own
+        int(np.prod([len(ids) - removed[ids].sum() for ids in axes.ids]))
+        for position, axes in enumerate(graph.own)
+        if position not in graph.unread
     )
     cost = lambda removed: graph.cost_without(removed).flops
     count = sizes if target == "params" else cost
-    full = count(np.zeros(graph.units.label.shape, bool))
-    return lambda gone: count(graph.units.removed(gone)) / max(full, 1)
+    full = count(np.zeros(graph.solution.label.shape, bool))
+    return lambda gone: count(graph.solution.removed(gone)) / max(full, 1)
 
 
 def _search(

@@ -94,9 +94,9 @@ def test_capture_on_compacted_students():
     net, params, x = linen()
     graph = jp.trace(net.apply, params, x)
     masks = jp.structure.unit_masks(graph, jp.scores.magnitude(params), sparsity=0.5)
-    small_fn, small = jp.compact(net.apply, params, masks, x)
-    out, found = jp.distill.capture(small_fn, small, x, at={"h": "params/second/kernel"})
-    np.testing.assert_allclose(out, small_fn(small, x), rtol=1e-5, atol=1e-6)
+    compact_fn, small = jp.compact(net.apply, params, masks, x)
+    out, found = jp.distill.capture(compact_fn, small, x, at={"h": "params/second/kernel"})
+    np.testing.assert_allclose(out, compact_fn(small, x), rtol=1e-5, atol=1e-6)
     assert found["h"].shape[-1] == small["params"]["second"]["kernel"].shape[-1]
 
 
@@ -238,7 +238,7 @@ def test_layers_drop_one_by_one():
     error = lambda y: float(jnp.mean((y - fn(params, x)) ** 2))
     graph = jp.trace(fn, params, x)
     scores = jp.structure.layer_scores(graph, params, x)
-    masks = jp.structure.layer_masks(graph, scores, count=2)
+    masks = jp.structure.layer_masks(graph, layer_scores=scores, count=2)
     assert error(small(left, x)) < 0.5 * error(fn(jp.apply_masks(params, masks), x))
     with pytest.raises(ValueError, match="at most one for each"):
         jp.distill.drop_layers(fn, params, data, optax.sgd(0.1), count=1, stages=2)

@@ -1,10 +1,12 @@
 import contextlib
+import json
 import os
 import pathlib
 import subprocess
 import sys
 import threading
 import time
+from random import Random
 from typing import NamedTuple
 
 import chex
@@ -196,3 +198,133 @@ def test_sharded_arrays(tmp_path):
     tree = {"w": jax.device_put(jnp.arange(32.0).reshape(16, 2), sharding)}
     jp.export.save(tmp_path / "x", tree)
     chex.assert_trees_all_equal(jp.export.load(tmp_path / "x"), jax.device_get(tree))
+
+
+def test_numbers_of_64_bits_are_kept(tmp_path):
+    tree = {
+        "step": np.int64(2**40 + 1),
+        "counts": np.array([2**53 + 1, -(2**60)]),
+        "pi": np.float64(np.pi),
+        "table": np.linspace(0, 1, 7),
+        "int": 2**70,
+        "w": jnp.ones(2),
+    }
+    jp.export.save(tmp_path / "x", tree)
+    found = jp.export.load(tmp_path / "x")
+    for name, value in tree.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(value))
+        assert np.asarray(found[name]).dtype == np.asarray(value).dtype
+    assert isinstance(found["w"], jax.Array)
+
+
+def test_loading_onto_a_mesh(params, tmp_path):
+    mesh = jax.make_mesh((8,), ("x",))
+    P, shard = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
+    tree = {"w": jnp.arange(64.0).reshape(16, 4), "q": jp.quantize_tree({"k": jnp.ones((8, 8))})}
+    jp.export.save(tmp_path / "x", tree)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=shard(mesh, P("x") if x.shape[0] % 8 == 0 else P())
+        ),
+        tree,
+    )
+    found = jp.export.load(tmp_path / "x", like=like)
+    same(found, tree)
+    assert found["w"].sharding.spec == P("x")
+    assert found["q"]["k"].values.sharding.spec == P("x")
+    found = jp.export.load(tmp_path / "x", sharding=shard(mesh, P()))
+    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(found))
+    for wrong, message in (
+        ({"w": like["w"]}, "like.*missing|unexpected"),
+        (like | {"w": jax.ShapeDtypeStruct((4, 16), jnp.float32)}, "like: leaf 'w'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jp.export.load(tmp_path / "x", like=wrong)
+
+
+def test_classes_are_looked_up_in_a_list(tmp_path):
+    tree = {"m": Mine(jnp.arange(3), {"x": 1})}
+    jp.export.save(tmp_path / "x", tree)
+    code = "import sys, jaxprune as jp; jp.export.load(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "x")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Mine, which is not at hand; register its class" in done.stderr
+    with pytest.raises(TypeError, match="named tuple or a dataclass"):
+        jp.export.register(int)
+
+
+def resealed(text):
+    return jp.export._checkpoint._sealed(text)
+
+
+def bare(text):
+    """A manifest without its checksum."""
+    return jp.export._checkpoint._SEAL.sub("}", text)
+
+
+def mangled(value, random):
+    """A JSON value with one place of it changed: cut, replaced, renamed or put elsewhere."""
+    odd = [
+        None,
+        -1,
+        0,
+        7,
+        2**40,
+        1.5,
+        "w",
+        "",
+        [],
+        {},
+        [[]],
+        {"kind": "none"},
+        {"kind": "array", "index": -1},
+    ]
+    if isinstance(value, dict) and value and random.random() < 0.85:
+        key = random.choice(list(value))
+        if random.random() < 0.2:
+            return {k: v for k, v in value.items() if k != key}
+        return value | {key: mangled(value[key], random)}
+    if isinstance(value, list) and value and random.random() < 0.85:
+        i = random.randrange(len(value))
+        rest = [*value[:i], *value[i + 1 :]]
+        return (
+            rest
+            if random.random() < 0.2
+            else [*value[:i], mangled(value[i], random), *value[i + 1 :]]
+        )
+    return random.choice(odd)
+
+
+def refusal(folder):
+    try:
+        jp.export.load(folder)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_malformed_folders_are_refused_in_one_voice(params, tmp_path):
+    """1,300 malformed manifests: flipped bits, cuts, and changes with a checksum that is right."""
+    random = Random(0)
+    small = {"w": params["dense"]["kernel"], "v": [jnp.arange(3), 2.5, None]}
+    trees = (
+        jp.quantize_tree(small, bits=4),
+        jp.cluster_tree(small, bits=2),
+        {"m": jp.pack_masks({"a": params["embed"] > 0}), "o": optax.adam(0.1).init(small)},
+    )
+    for number, tree in enumerate(trees):
+        folder = tmp_path / str(number)
+        jp.export.save(folder, tree, entropy=True)
+        file = folder / "manifest.json"
+        text = file.read_text()
+        data, whole = text.encode(), json.loads(bare(text))
+        flipped = lambda i, data=data: data[:i] + bytes([data[i] ^ (1 << i % 8)]) + data[i + 1 :]
+        damages = [flipped(random.randrange(len(data))) for _ in range(240)]
+        damages += [data[: random.randrange(len(data))] for _ in range(40)]
+        for damage in damages:
+            file.write_bytes(damage)
+            assert (refusal(folder) or "").startswith(f"path: {folder}")
+        for _ in range(160):  # with a checksum that is right: what can be read, or one voice
+            changed = mangled(whole, random)
+            file.write_text(resealed(json.dumps(changed if isinstance(changed, dict) else whole)))
+            assert (refusal(folder) or f"path: {folder}").startswith(f"path: {folder}")

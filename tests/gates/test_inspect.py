@@ -68,7 +68,11 @@ def test_unused_units_become_static():
     # rates as scores choose the same units
     share = (bias < 0).sum() / sum(gated.sizes)
     by_rate = jp.structure.unit_masks(
-        gated.graph, seen.rates, sparsity=share, normalize="none", ignore=gated.names[1:]
+        gated.graph,
+        unit_scores=seen.rates,
+        sparsity=share,
+        normalize="none",
+        ignore=gated.names[1:],
     )
     counts = [int(jnp.sum(~jnp.asarray(m))) for m in jax.tree.leaves(by_rate)]
     assert sum(counts) > 0
@@ -178,7 +182,9 @@ GRAPH = jp.trace(
         (lambda: jp.structure.keep_units(GRAPH, {"c[1]": [True]}), r"a\[1\]"),
         (lambda: jp.structure.keep_units(GRAPH, {"a[1]": [True]}), "8 units"),
         (
-            lambda: jp.structure.unit_masks(GRAPH, {"a[1]": np.full(8, np.nan)}, sparsity=0.5),
+            lambda: jp.structure.unit_masks(
+                GRAPH, unit_scores={"a[1]": np.full(8, np.nan)}, sparsity=0.5
+            ),
             "NaN",
         ),
         (lambda: g.bucketed_dense(jnp.ones((2, 4)), jnp.ones((4, 3)), jnp.ones(3)), "batch of 2"),

@@ -153,3 +153,63 @@ def test_bad_input():
         jp.qat.prepare(params, masks={"a": jnp.array(True)})
     with pytest.raises(ValueError, match="method"):
         jp.qat.prepare(params, method="pact")
+
+
+def trained(tree, x, y, tx, steps=60):
+    run = jp.compressed(fn)
+    loss = lambda t: jnp.mean((run(t, x) - y) ** 2)
+
+    @jax.jit
+    def step(tree, state):
+        updates, state = tx.update(jax.grad(loss)(tree), state, tree)
+        return optax.apply_updates(tree, updates), state
+
+    state, before = tx.init(tree), loss(tree)
+    for _ in range(steps):
+        tree, state = step(tree, state)
+    assert loss(tree) < before
+    return tree, state
+
+
+OPTIMIZERS = {
+    "adam": lambda: optax.adam(1e-2),
+    "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
+    "lion": lambda: optax.lion(1e-3),
+    "averages": lambda: optax.chain(optax.adam(1e-2), optax.ema(0.9)),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_stock_optimizers_train_all_that_a_leaf_holds(optimizer, symmetric):
+    params, x, y = problem()
+    params = {"a": params["a"] + 0.7, "b": params["b"].at[0, 0].set(0.0)}
+    _, masks = jp.prune_tree(params, 0.5)
+    masks["b"] = masks["b"].at[0, 0].set(True)  # a weight that is kept, and 0
+    tree = jp.qat.prepare(params, bits=4, symmetric=symmetric, masks=masks)
+    assert all(jnp.issubdtype(v.dtype, jnp.floating) for v in jax.tree.leaves(tree))
+    tree, _ = trained(tree, x, y, OPTIMIZERS[optimizer]())
+    small, run = jp.qat.convert(tree), jp.compressed(fn)
+    wanted = run(tree, x)
+    np.testing.assert_allclose(run(small, x), wanted, atol=1e-3 * float(jnp.abs(wanted).max()))
+    for name, mask in masks.items():
+        assert not np.asarray(tree[name].value)[~np.asarray(mask)].any()
+        assert not np.asarray(small[name].materialize())[~np.asarray(mask)].any()
+    assert tree["b"].value[0, 0] != 0
+    if not symmetric:
+        np.testing.assert_array_equal(small["a"].zero_point, tree["a"].zero_point)
+
+
+def test_learned_steps_stay_positive_at_any_rate():
+    params, x, y = problem()
+    scales = 10.0 ** -jnp.arange(16.0)[None] * jnp.ones((8, 1))
+    params = {"a": params["a"] * scales, "b": params["b"]}
+    for settings in ({"bits": 8}, {"bits": 4, "symmetric": False}):
+        tree = jp.qat.prepare(params, **settings)
+        for rate in (1e-2, 0.3):
+            moved, _ = trained(tree, x, y + 10, optax.adam(rate), steps=40)
+            for leaf in moved.values():
+                assert bool((leaf.scale > 0).all())
+                assert bool(jnp.isfinite(leaf.materialize()).all())
+                alive = jnp.abs(leaf.materialize()).max(0) > 0
+                assert bool(alive.all())

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxprune as jp
+from jaxprune._bits import pack, unpack
 from jaxprune.quantize import Spec
-from jaxprune.quantize._bits import pack, unpack
 from jaxprune.quantize._spec import NF4_LEVELS
 
 FORMATS = {

@@ -46,7 +46,7 @@ def error(wanted, found):
     ],
 )
 def test_products_of_clusters(layout, kind, monkeypatch):
-    from jaxprune.runtime import _lowerings, _sweep
+    from jaxprune.runtime import _blocked, _lowerings
 
     shape, equation = LAYOUTS[layout]
     if shape[-1] % CLUSTERS[kind].get("group_size", 1):
@@ -57,11 +57,11 @@ def test_products_of_clusters(layout, kind, monkeypatch):
     dense = jp.materialize_tree(tree)
     left, right = equation.split("->")[0].split(",")
     fn = lambda p, x: jnp.einsum(equation, x, p["w"])
-    sweep, part = _sweep.sweep, int(np.prod(shape)) * 2 // 5
-    for block, rows in ((None, 1), (part, 3), (part, 40)):
+    whole, part = _blocked.blocked_product, int(np.prod(shape)) * 2 // 5
+    for block, rows in ((None, 1), (part, 40)):
         if block:
-            small = lambda *args, block=block, **kw: sweep(*args, **{"block": block, **kw})
-            monkeypatch.setattr(_lowerings, "sweep", small)
+            small = lambda *args, block=block, **kw: whole(*args, **{"block": block, **kw})
+            monkeypatch.setattr(_lowerings, "blocked_product", small)
         sizes = dict(zip(right, shape, strict=True)) | {"r": rows}
         x = normal(*(sizes[c] for c in left), seed=1)
         run = jp.compressed(fn)

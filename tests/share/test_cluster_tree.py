@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxprune as jp
-from jaxprune.share._bits import packed, places, unpacked
+from jaxprune._bits import pack_planes, packed_length, plane_fields, unpack_planes, widths_of
 from tests.conftest import CONTAINERS
 from tests.structure._zoo import normal
 
@@ -16,10 +16,12 @@ from tests.structure._zoo import normal
 @pytest.mark.parametrize("n", [1, 7, 16, 37])
 def test_indices_are_packed_and_come_back(bits, n):
     index = np.random.default_rng(n).integers(0, 2**bits, (3, n)).astype(np.uint8)
-    planes = packed(jnp.asarray(index), bits)
-    np.testing.assert_array_equal(unpacked(planes, bits, n), index)
+    planes = pack_planes(jnp.asarray(index), bits)
+    np.testing.assert_array_equal(unpack_planes(planes, bits, n), index)
     assert sum(p.shape[-1] for p in planes) <= -(-n // 8) * bits
-    side_by_side = np.concatenate(places(planes, bits), -1)
+    counted = [packed_length(n, bits, i) for i in range(len(widths_of(bits)))]
+    assert counted == [p.shape[-1] for p in planes]
+    side_by_side = np.concatenate(plane_fields(planes, bits), -1)
     np.testing.assert_array_equal(side_by_side[:, :n], index)
 
 
@@ -184,7 +186,6 @@ def test_sharded_leaves():
     [
         ({"bits": 0}, "1 to 8"),
         ({"clusters": 300}, "2 to 256"),
-        ({"bits": 8}, "'w'"),
         ({"vector_size": 5}, "does not divide"),
         ({"group_size": 5}, "does not divide"),
         ({"init": "best"}, "expected one of"),
@@ -202,8 +203,30 @@ def test_bad_input(change, message):
 def test_bad_weights():
     with pytest.raises(ValueError, match=r"'a/w'.*NaN"):
         jp.cluster_tree({"a": {"w": jnp.full((4, 8), jnp.nan)}}, bits=1)
-    with pytest.raises(ValueError, match="3 distinct values"):
-        jp.cluster_tree({"w": jnp.tile(jnp.arange(3.0), (5, 2))}, bits=2)
+
+
+@pytest.mark.parametrize("way", [{}, {"granularity": "channel"}, {"zero": True}])
+def test_fewer_values_than_clusters_are_stored_exactly(way):
+    w = jnp.tile(jnp.arange(1.0, 4.0), (5, 2))
+    params = {"w": w, "zeros": jnp.zeros((4, 8)), "ones": jnp.ones((4, 8)), "some": normal(32, 16)}
+    tree = jp.cluster_tree(params, bits=4, **way)
+    for name in ("w", "zeros", "ones"):
+        np.testing.assert_array_equal(tree[name].materialize(), params[name])
+        assert tree[name].bits <= 2
+    assert tree["some"].bits == 4
+
+
+def test_short_last_axes_are_packed_along_another_one():
+    for shape in ((128, 1), (4, 128, 1), (256, 2)):
+        w = normal(*shape)
+        leaf = jp.cluster_tree({"w": w}, bits=2)["w"]
+        assert leaf.nbytes - leaf.codebook.nbytes == w.size // 4
+        np.testing.assert_array_equal(leaf.materialize().shape, shape)
+        small = jp.quantize_tree({"w": w}, bits=2)["w"]
+        assert small.nbytes == w.size // 4 + small.scale.nbytes
+        wide = jp.quantize_tree({"w": w.swapaxes(-1, -2)}, bits=2, channel_axis=-2)["w"]
+        np.testing.assert_array_equal(small.materialize(), wide.materialize().swapaxes(-1, -2))
+    assert jp.quantize_tree({"w": normal(128, 1)}, bits=2)["w"].nbytes == 36
 
 
 def test_optimizer_keeps_weights_on_centroids():

@@ -22,7 +22,7 @@ WHOLE = {
 def random_masks(graph, fraction, seed=0):
     """Masks of a random selection of units of every group."""
     rng = np.random.default_rng(seed)
-    gone = np.zeros(len(graph.units.why), bool)
+    gone = np.zeros(len(graph.solution.reason), bool)
     for group in graph.groups:
         gone[rng.choice(group.units, int(group.size * fraction), replace=False)] = True
     return jp.structure._scoring.masks_without(graph, gone)
@@ -41,14 +41,14 @@ def test_removed_equals_masked(name):
     graph = jp.trace(fn, params, x)
     masks = random_masks(graph, 0.5)
     masked = jp.apply_masks(params, masks)
-    small_fn, small = jp.compact(fn, params, masks, x)
+    compact_fn, small = jp.compact(fn, params, masks, x)
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (small, params)]
     if name in WHOLE:
         assert any(WHOLE[name] in reason for _, reason in graph.frozen), graph.frozen
     else:
         assert sizes[0] < sizes[1]
     tolerance = 0.05 if name == "bfloat16_mlp" else 1e-4
-    full, compacted = jax.jit(fn), jax.jit(small_fn)
+    full, compacted = jax.jit(fn), jax.jit(compact_fn)
     assert_close(full(masked, x), compacted(small, x), tolerance)
     twice = jnp.concatenate([x, x[::-1]])
     assert_close(full(masked, twice), compacted(small, twice), tolerance)
@@ -70,7 +70,7 @@ FEW = ["mlp", "depthwise", "qkv_in_one", "scanned_layers"]
 def test_gradients_agree(name):
     fn, params, x = build(name)
     masks = random_masks(jp.trace(fn, params, x), 0.5)
-    small_fn, small = jp.compact(fn, params, masks, x)
+    compact_fn, small = jp.compact(fn, params, masks, x)
     floats = lambda out: [v for v in jax.tree.leaves(out) if jnp.issubdtype(v.dtype, jnp.floating)]
     loss = lambda f: lambda p: sum(jnp.sum(jnp.sin(v.astype(jnp.float32))) for v in floats(f(p, x)))
     full = jax.grad(loss(fn), allow_int=True)(jp.apply_masks(params, masks))
@@ -79,7 +79,7 @@ def test_gradients_agree(name):
     for axes, a, b in zip(
         graph.own,
         jax.tree.leaves(full),
-        jax.tree.leaves(jax.grad(loss(small_fn), allow_int=True)(small)),
+        jax.tree.leaves(jax.grad(loss(compact_fn), allow_int=True)(small)),
         strict=True,
     ):
         for axis, ids in enumerate(axes.ids):
@@ -140,8 +140,8 @@ def test_train_mode_with_mutable_statistics():
     graph = jp.trace(fn, variables, IMAGE, updates=updates)
     assert [group.size for group in graph.groups] == [8]
     masks = random_masks(graph, 0.5)
-    small_fn, small = jp.compact(fn, variables, masks, IMAGE, updates=updates)
-    logits, stats = small_fn(small, IMAGE)
+    compact_fn, small = jp.compact(fn, variables, masks, IMAGE, updates=updates)
+    logits, stats = compact_fn(small, IMAGE)
     assert_close(fn(jp.apply_masks(variables, masks), IMAGE)[0], logits)
     assert stats["batch_stats"]["BatchNorm_0"]["mean"].shape == (4,)
     with pytest.raises(ValueError, match="updates"):
@@ -151,19 +151,19 @@ def test_train_mode_with_mutable_statistics():
 def test_what_is_not_wholly_masked_stays():
     fn, params, x = build("mlp")
     _, masks = jp.prune_tree(params, 0.5)
-    small_fn, small = jp.compact(fn, params, masks, x)
+    compact_fn, small = jp.compact(fn, params, masks, x)
     assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, params)
-    assert_close(fn(jp.apply_masks(params, masks), x), small_fn(small, x))
+    assert_close(fn(jp.apply_masks(params, masks), x), compact_fn(small, x))
 
 
 def test_vmap_and_export_of_the_small_function():
     fn, params, x = build("mlp")
     masks = random_masks(jp.trace(fn, params, x), 0.5)
-    small_fn, small = jp.compact(fn, params, masks, x)
+    compact_fn, small = jp.compact(fn, params, masks, x)
     stacked = jnp.stack([x, 2 * x])
-    assert_close(jax.vmap(lambda v: small_fn(small, v))(stacked)[1], small_fn(small, 2 * x))
-    exported = jax.export.export(jax.jit(small_fn))(small, x)
-    assert_close(exported.call(small, x), small_fn(small, x))
+    assert_close(jax.vmap(lambda v: compact_fn(small, v))(stacked)[1], compact_fn(small, 2 * x))
+    exported = jax.export.export(jax.jit(compact_fn))(small, x)
+    assert_close(exported.call(small, x), compact_fn(small, x))
 
 
 class TestUnitMasks:
@@ -197,14 +197,14 @@ class TestUnitMasks:
     def test_targets(self, traced, target, value):
         fn, params, x, graph = traced
         masks = jp.structure.unit_masks(graph, jp.scores.magnitude(params), **{target: value})
-        small_fn, small = jp.compact(fn, params, masks, x)
-        cost = jp.trace(small_fn, small, x).cost().flops / graph.cost().flops
+        compact_fn, small = jp.compact(fn, params, masks, x)
+        cost = jp.trace(compact_fn, small, x).cost().flops / graph.cost().flops
         size = sum(v.size for v in jax.tree.leaves(small)) / sum(
             v.size for v in jax.tree.leaves(params)
         )
         found = cost if target == "flops" else size
         assert value - 0.12 < found <= value + 0.01
-        assert_close(fn(jp.apply_masks(params, masks), x), small_fn(small, x))
+        assert_close(fn(jp.apply_masks(params, masks), x), compact_fn(small, x))
 
     def test_the_lowest_units_go(self, traced):
         _, params, _, graph = traced
@@ -239,8 +239,8 @@ class TestUnitMasks:
         grads = jax.grad(lambda p: jnp.sum(fn(p, x)))(params)
         updates, _ = tx.update(grads, state, params)
         trained = optax.apply_updates(params, updates)
-        small_fn, small = jp.compact(fn, trained, masks, x)
-        assert_close(fn(trained, x), small_fn(small, x))
+        compact_fn, small = jp.compact(fn, trained, masks, x)
+        assert_close(fn(trained, x), compact_fn(small, x))
 
     def test_bad_input(self, traced):
         _, params, _, graph = traced
@@ -262,20 +262,20 @@ def test_a_masked_leaf_of_a_living_layer_keeps_its_shape():
     fn, params, x = build("mlp")
     masks = jax.tree.map(lambda _: jnp.array(True), params)
     masks["params"]["Dense_1"]["bias"] = jnp.zeros(16, bool)
-    small_fn, small = jp.compact(fn, params, masks, x, verify=True)
+    compact_fn, small = jp.compact(fn, params, masks, x, verify=True)
     assert small["params"]["Dense_1"]["bias"].shape == (16,)
     assert not small["params"]["Dense_1"]["bias"].any()
-    assert_close(fn(jp.apply_masks(params, masks), x), small_fn(small, x))
+    assert_close(fn(jp.apply_masks(params, masks), x), compact_fn(small, x))
 
 
 def test_verify(monkeypatch):
     fn, params, x = build("several_outputs")
     masks = random_masks(jp.trace(fn, params, x), 0.5)
-    small_fn, _ = jp.compact(fn, params, masks, x, verify=True)
-    assert set(small_fn.differences) == {"features", "logits"}
-    assert max(small_fn.differences.values()) < 1e-5
-    small_fn, _ = jp.compact(fn, params, masks, x)
-    assert small_fn.differences is None
+    compact_fn, _ = jp.compact(fn, params, masks, x, verify=True)
+    assert set(compact_fn.differences) == {"features", "logits"}
+    assert max(compact_fn.differences.values()) < 1e-5
+    compact_fn, _ = jp.compact(fn, params, masks, x)
+    assert compact_fn.differences is None
     right = jp.structure._compact.run
     wrong = lambda plan, inputs: [x + 0.1 for x in right(plan, inputs)]
     monkeypatch.setattr(jp.structure._compact, "run", wrong)
@@ -308,11 +308,11 @@ def test_arguments_that_are_no_arrays_keep_their_value():
     kwargs = {"scale": 2.0, "mode": "scaled", "rngs": {"dropout": jax.random.key(1)}}
     graph = jp.trace(fn, params, x, True, **kwargs)
     masks = jp.structure.unit_masks(graph, jp.scores.magnitude(params), sparsity=0.5)
-    small_fn, small = jp.compact(fn, params, masks, x, True, verify=True, **kwargs)
+    compact_fn, small = jp.compact(fn, params, masks, x, True, verify=True, **kwargs)
     masked = jp.apply_masks(params, masks)
-    assert_close(fn(masked, x, True, **kwargs), small_fn(small, x, True, **kwargs))
-    assert_close(fn(masked, x, False), small_fn(small, x, False))
-    plain = jax.jit(small_fn, static_argnums=2)(small, x, False)
+    assert_close(fn(masked, x, True, **kwargs), compact_fn(small, x, True, **kwargs))
+    assert_close(fn(masked, x, False), compact_fn(small, x, False))
+    plain = jax.jit(compact_fn, static_argnums=2)(small, x, False)
     assert_close(fn(masked, x, False), plain)
     assert_close(fn(masked, x, False), jp.compressed(fn)(masked, x, False))
     with pytest.raises(ValueError, match="cannot be traced"):
@@ -334,9 +334,9 @@ def test_every_axis_is_accounted_for():
 def test_small_parameters_are_checked():
     fn, params, x = build("mlp")
     masks = random_masks(jp.trace(fn, params, x), 0.5)
-    small_fn, _ = jp.compact(fn, params, masks, x)
+    compact_fn, _ = jp.compact(fn, params, masks, x)
     with pytest.raises(ValueError, match="small parameters"):
-        small_fn(params, x)
+        compact_fn(params, x)
 
 
 def test_sharded_and_mapped_over_devices():
@@ -358,19 +358,19 @@ def test_sharded_and_mapped_over_devices():
     graph = jp.trace(fn, params, x)
     assert sorted(group.size for group in graph.groups) == [8, 16]
     masks = random_masks(graph, 0.5)
-    small_fn, small = jp.compact(fn, params, masks, x, verify=True)
+    compact_fn, small = jp.compact(fn, params, masks, x, verify=True)
     spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec("d")))
-    assert_close(fn(jp.apply_masks(params, masks), x), jax.jit(small_fn)(small, spread))
+    assert_close(fn(jp.apply_masks(params, masks), x), jax.jit(compact_fn)(small, spread))
     split = jax.device_put(small, jax.sharding.NamedSharding(mesh, spec(None)))
-    assert_close(small_fn(small, x), jax.jit(small_fn)(split, spread))
+    assert_close(compact_fn(small, x), jax.jit(compact_fn)(split, spread))
 
 
 def test_cost_with_masks():
     fn, params, x = build("residual")
     graph = jp.trace(fn, params, x)
     masks = jp.structure.unit_masks(graph, jp.scores.magnitude(params), flops=0.5)
-    small_fn, small = jp.compact(fn, params, masks, x)
-    left, found = graph.cost(masks), jp.trace(small_fn, small, x).cost()
+    compact_fn, small = jp.compact(fn, params, masks, x)
+    left, found = graph.cost(masks), jp.trace(compact_fn, small, x).cost()
     assert left.flops == pytest.approx(found.flops, rel=0.01)
     assert left.param_bytes == found.param_bytes
     assert left.flops <= 0.5 * graph.cost().flops
@@ -400,8 +400,8 @@ def test_structured_gradual_pruning():
     gone = graph.removal(masks).units
     assert gone.sum() == round(0.5 * sum(group.size for group in graph.groups))
     assert all((~gone[group.units]).sum() >= 2 for group in graph.groups)
-    small_fn, small = jp.compact(fn, params, masks, x, verify=True)
-    assert_close(fn(params, x), small_fn(small, x))  # training kept the masked weights at zero
+    compact_fn, small = jp.compact(fn, params, masks, x, verify=True)
+    assert_close(fn(params, x), compact_fn(small, x))  # training kept the masked weights at zero
 
 
 def test_isomorphic_scope_keeps_kinds_apart():

@@ -42,11 +42,11 @@ def test_layers_vanish(name):
     dense, full = graph.cost().flops, jax.jit(fn)
     for layer in found:
         scores = {other.name: float(other.name != layer.name) for other in found}
-        masks = jp.structure.layer_masks(graph, scores, count=1)
-        small_fn, small = jp.compact(fn, params, masks, x, verify=True)
+        masks = jp.structure.layer_masks(graph, layer_scores=scores, count=1)
+        compact_fn, small = jp.compact(fn, params, masks, x, verify=True)
         twice = jnp.concatenate([x, x[::-1]])
-        assert_close(full(jp.apply_masks(params, masks), twice), jax.jit(small_fn)(small, twice))
-        cost = jp.trace(small_fn, small, x).cost()
+        assert_close(full(jp.apply_masks(params, masks), twice), jax.jit(compact_fn)(small, twice))
+        cost = jp.trace(compact_fn, small, x).cost()
         assert cost.flops < dense
         assert cost.flops == pytest.approx(graph.cost(masks).flops)
         gone = [i for i, index in layer.leaves if index is None]
@@ -86,12 +86,14 @@ def test_a_removed_layer_costs_what_a_shallower_network_costs():
     params, x = randomized(params), normal(2, 5)
     graph = jp.trace(fn, params, x)
     names = [layer.name for layer in jp.structure.layers(graph)]
-    masks = jp.structure.layer_masks(graph, {n: i for i, n in enumerate(names)}, count=2)
-    small_fn, small = jp.compact(fn, params, masks, x)
+    masks = jp.structure.layer_masks(
+        graph, layer_scores={n: i for i, n in enumerate(names)}, count=2
+    )
+    compact_fn, small = jp.compact(fn, params, masks, x)
     shallow, kept = network(2)
     kept = {**params, "layers": params["layers"][2:]}
-    assert_close(shallow(kept, x), small_fn(small, x), 1e-6)
-    found, wanted = jp.trace(small_fn, small, x).cost(), jp.trace(shallow, kept, x).cost()
+    assert_close(shallow(kept, x), compact_fn(small, x), 1e-6)
+    found, wanted = jp.trace(compact_fn, small, x).cost(), jp.trace(shallow, kept, x).cost()
     assert (found.flops, found.activation_bytes) == (wanted.flops, wanted.activation_bytes)
     assert jp.nbytes(small) == jp.nbytes(kept)
 
@@ -130,11 +132,11 @@ def test_scores(make, by):
     scores = jp.structure.layer_scores(graph, params, x, by=by, loss=loss)
     assert len(scores) == 3
     assert min(scores, key=scores.get) == list(scores)[1]
-    masks = jp.structure.layer_masks(graph, scores, count=1)
+    masks = jp.structure.layer_masks(graph, layer_scores=scores, count=1)
     dense = dict(zip("abc", jax.tree.leaves(stream_network()[1]), strict=True))
     dense["b"] = jnp.zeros((6, 6))
-    small_fn, small = jp.compact(fn, params, masks, x, verify=True)
-    assert_close(stream_network()[0](dense, x), small_fn(small, x))
+    compact_fn, small = jp.compact(fn, params, masks, x, verify=True)
+    assert_close(stream_network()[0](dense, x), compact_fn(small, x))
 
 
 def test_scores_against_numpy():
@@ -167,12 +169,12 @@ class TestLayerMasks:
         _, params, x, graph = traced
         scores = jp.structure.layer_scores(graph, params, x)
         count = lambda masks: sum(not np.any(np.asarray(mask)) for mask in jax.tree.leaves(masks))
-        assert count(jp.structure.layer_masks(graph, scores, sparsity=0)) == 0
-        half = jp.structure.layer_masks(graph, scores, sparsity=0.5)
+        assert count(jp.structure.layer_masks(graph, layer_scores=scores, sparsity=0)) == 0
+        half = jp.structure.layer_masks(graph, layer_scores=scores, sparsity=0.5)
         assert count(half) in (12, 16, 20)
-        cut = jp.structure.layer_masks(graph, scores, flops=0.6)
+        cut = jp.structure.layer_masks(graph, layer_scores=scores, flops=0.6)
         assert graph.cost(cut).flops <= 0.6 * graph.cost().flops
-        everything = jp.structure.layer_masks(graph, scores, count=4)
+        everything = jp.structure.layer_masks(graph, layer_scores=scores, count=4)
         assert graph.cost(everything).flops < 0.1 * graph.cost().flops
 
     def test_pattern_joins_branches(self):
@@ -197,7 +199,7 @@ class TestLayerMasks:
         assert [layer.name for layer in found] == ["layer_0", "layer_1", "layer_2"]
         scores = jp.structure.layer_scores(graph, params, TOKENS, pattern=r"layer_\d+")
         masks = jp.structure.layer_masks(
-            graph, scores, count=1, pattern=r"layer_\d+", ignore=["layer_0"]
+            graph, layer_scores=scores, count=1, pattern=r"layer_\d+", ignore=["layer_0"]
         )
         _, small = jp.compact(Net().apply, params, masks, TOKENS, verify=True)
         sizes = {
@@ -210,10 +212,10 @@ class TestLayerMasks:
         _, params, x, graph = traced
         names = [layer.name for layer in jp.structure.layers(graph)]
         scores = jp.structure.layer_scores(graph, params, x, span=2)
-        masks = jp.structure.layer_masks(graph, scores, count=2, contiguous=True)
+        masks = jp.structure.layer_masks(graph, layer_scores=scores, count=2, contiguous=True)
         first = names.index(min(scores, key=scores.get))
         both = {**dict.fromkeys(names, 1.0), names[first]: 0.0, names[first + 1]: 0.0}
-        expected = jp.structure.layer_masks(graph, both, count=2)
+        expected = jp.structure.layer_masks(graph, layer_scores=both, count=2)
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), masks, expected))
 
     def test_flax_scan(self):
@@ -238,11 +240,11 @@ class TestLayerMasks:
         graph = jp.trace(Net().apply, params, x)
         scores = jp.structure.layer_scores(graph, params, x)
         assert len(scores) == 5
-        masks = jp.structure.layer_masks(graph, scores, count=2)
-        small_fn, small = jp.compact(Net().apply, params, masks, x, verify=True)
+        masks = jp.structure.layer_masks(graph, layer_scores=scores, count=2)
+        compact_fn, small = jp.compact(Net().apply, params, masks, x, verify=True)
         assert small["params"]["stack"]["Dense_0"]["kernel"].shape == (3, 16, 8)
         assert_close(
-            jax.jit(jax.grad(lambda p: squared(small_fn(p, x))))(small)["params"]["Dense_1"],
+            jax.jit(jax.grad(lambda p: squared(compact_fn(p, x))))(small)["params"]["Dense_1"],
             jax.grad(lambda p: squared(Net().apply(p, x)))(jp.apply_masks(params, masks))["params"][
                 "Dense_1"
             ],
@@ -254,19 +256,20 @@ class TestLayerMasks:
         masks = jp.structure.layer_masks
         for kw in ({}, {"count": 1, "sparsity": 0.5}):
             with pytest.raises(ValueError, match="expected one of"):
-                masks(graph, scores, **kw)
+                masks(graph, layer_scores=scores, **kw)
         with pytest.raises(ValueError, match="count"):
-            masks(graph, scores, count=5)
+            masks(graph, layer_scores=scores, count=5)
         with pytest.raises(ValueError, match="out of reach"):
-            masks(graph, scores, flops=0.0)
+            masks(graph, layer_scores=scores, flops=0.0)
         with pytest.raises(ValueError, match="no score of layer"):
-            masks(graph, dict(list(scores.items())[:2]), count=1)
-        with pytest.raises(ValueError, match="scores"):
-            masks(graph, {"w": jnp.ones(3)}, count=1)
+            masks(graph, layer_scores=dict(list(scores.items())[:2]), count=1)
+        for given in ((), (scores,)):  # neither, or one kind in the place of the other
+            with pytest.raises(ValueError, match="scores"):
+                masks(graph, *given, count=1)
         with pytest.raises(ValueError, match="ignore"):
-            masks(graph, scores, count=1, ignore=["nothing"])
+            masks(graph, layer_scores=scores, count=1, ignore=["nothing"])
         with pytest.raises(ValueError, match="pattern"):
-            masks(graph, scores, count=1, pattern="nothing")
+            masks(graph, layer_scores=scores, count=1, pattern="nothing")
         with pytest.raises(ValueError, match="loss"):
             jp.structure.layer_scores(graph, params, x, by="loss")
         with pytest.raises(ValueError, match="by"):

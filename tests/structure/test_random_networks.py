@@ -96,8 +96,8 @@ def test_removed_equals_masked(seed):
     masks = random_masks(graph, 0.5, seed)
     # half of the rows and half of the columns of a shuffled axis can be all of it
     assume(all(min(shape) for shape in jp.structure.widths(graph, masks).values()))
-    small_fn, small = jp.compact(fn, params, masks, x)
-    assert_close(fn(jp.apply_masks(params, masks), x), small_fn(small, x), 1e-3)
+    compact_fn, small = jp.compact(fn, params, masks, x)
+    assert_close(fn(jp.apply_masks(params, masks), x), compact_fn(small, x), 1e-3)
 
 
 def test_random_networks_do_shrink():

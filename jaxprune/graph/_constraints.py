@@ -1,9 +1,9 @@
 """Ids of axis indices, what is said of them, and what follows.
 
-Every index of every axis carries an integer id. Rules state three kinds of facts: two ids are equal; an
-id is frozen, for a reason; an id is the *product* of two others, its row and its column, after a reshape
-split an axis in two or merged two into one: it goes when its row goes or its column goes. Facts are
-collected as arrays and solved once, by connected components; what is left are the units.
+Every index of every axis carries an integer id. Rules state three kinds of constraints: two ids are
+equal; an id is frozen, for a reason; an id is the *product* of two others, its row and its column, after
+a reshape split an axis in two or merged two into one: it goes when its row goes or its column goes.
+Constraints are collected as arrays and solved once, by connected components; what is left are the units.
 """
 
 from dataclasses import dataclass
@@ -11,32 +11,46 @@ from typing import Any
 
 import numpy as np
 
-FROZEN = 0  # the id of all indices that never shrink
+FROZEN = 0  # the id of indices that never shrink
+LAST_FIXED = 1 << 10  # ids up to here are those of axes of inputs, one for each
 
 
-class Facts:
-    """Facts about ids, as they are found."""
+def may_shrink(ids: np.ndarray) -> bool:
+    """Whether some ids are not those of indices that never shrink from the start."""
+    return bool((ids > LAST_FIXED).any())
+
+
+class Constraints:
+    """Constraints on ids, as they are found."""
 
     def __init__(self) -> None:
-        self.size = 1
+        self.size = 1 + LAST_FIXED
+        self._inputs = 0
         self.equal: list[tuple[np.ndarray, np.ndarray]] = []
         self.products: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.frozen: list[tuple[np.ndarray, int]] = []
-        self.bodies: dict[tuple[int, ...], Any] = {}  # programs within operations, by place
-        self.turns: list[np.ndarray] = []  # ids of scanned axes: a unit there is a whole layer
-        self.place: tuple[
-            int, ...
-        ] = ()  # value numbers of the operation at hand and of those around it
-        self.reasons: list[str] = ["tied to an axis of an input, or of an operation without a rule"]
+        self.iterations: list[np.ndarray] = []  # ids of scanned axes: a unit there is a whole layer
+        self.values: dict[
+            int, Any
+        ] = {}  # axes of each value, by number, those of inner programs too
+        self.is_symbolic = False  # some sizes are symbolic, and numbers stand for them
+        self.reasons: list[str] = ["tied to an axis that never shrinks"]
 
     def fresh(self, n: int) -> np.ndarray:
         """`n` new ids."""
         self.size += n
         return np.arange(self.size - n, self.size)
 
+    def of_input(self, n: int, reason: str) -> np.ndarray:
+        """The id of an axis of an input, `n` times: it never shrinks, for this reason."""
+        self._inputs = min(self._inputs + 1, LAST_FIXED)
+        self.reasons.append(reason)
+        self.frozen.append((np.array([self._inputs]), len(self.reasons) - 1))
+        return np.full(n, self._inputs)
+
     def equate(self, a: np.ndarray, b: np.ndarray) -> None:
         """Index by index, `a` and `b` shrink together."""
-        if a is not b:
+        if a is not b and (may_shrink(a) or may_shrink(b)):
             self.equal.append((a, b))
 
     def product(self, ids: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
@@ -45,12 +59,12 @@ class Facts:
 
     def freeze(self, ids: np.ndarray, reason: str) -> None:
         """These ids never shrink."""
-        if ids.any():
+        if may_shrink(ids):
             self.reasons.append(reason)
             self.frozen.append((ids, len(self.reasons) - 1))
 
-    def solve(self) -> "Units":
-        """The units that follow from all facts."""
+    def solve(self) -> "Solution":
+        """The units that follow from all constraints."""
         from scipy.sparse import coo_array  # slow to import: when a trace needs it
         from scipy.sparse.csgraph import connected_components
 
@@ -74,47 +88,50 @@ class Facts:
                 break
             a = np.concatenate([a, *(x for x, _ in more)])
             b = np.concatenate([b, *(y for _, y in more)])
-        why = self._why(label, ids, rows, columns)
+        reason = self._reasons_of(label, ids, rows, columns)
         row, column = np.full(label.max() + 1, -1), np.full(label.max() + 1, -1)
         row[label[ids]], column[label[ids]] = label[rows], label[columns]
-        return Units(label, row, column, why, tuple(self.reasons))
+        return Solution(label, row, column, reason, tuple(self.reasons))
 
-    def _why(
+    def _reasons_of(
         self, label: np.ndarray, ids: np.ndarray, rows: np.ndarray, columns: np.ndarray
     ) -> np.ndarray:
         """Per component the number of a reason that freezes it, or -1."""
-        why = np.full(label.max() + 1, -1)
-        why[label[FROZEN]] = 0
+        found = np.full(label.max() + 1, -1)
         for frozen, reason in self.frozen:
             parts = label[np.ravel(frozen)]
-            why[parts[why[parts] < 0]] = reason
+            found[parts[found[parts] < 0]] = reason
+        if found[label[FROZEN]] < 0:
+            found[label[FROZEN]] = 0
         while True:  # a product that is frozen freezes its row and its column
-            before = why.copy()
+            before = found.copy()
             for side in (rows, columns):
-                hit = (why[label[ids]] >= 0) & (why[label[side]] < 0)
-                why[label[side[hit]]] = why[label[ids[hit]]]
-            both = (why[label[rows]] >= 0) & (why[label[columns]] >= 0) & (why[label[ids]] < 0)
-            why[label[ids[both]]] = why[label[rows[both]]]
-            if (why == before).all():
-                return why
+                hit = (found[label[ids]] >= 0) & (found[label[side]] < 0)
+                found[label[side[hit]]] = found[label[ids[hit]]]
+            both = (
+                (found[label[rows]] >= 0) & (found[label[columns]] >= 0) & (found[label[ids]] < 0)
+            )
+            found[label[ids[both]]] = found[label[rows[both]]]
+            if (found == before).all():
+                return found
 
 
 @dataclass(frozen=True)
-class Units:
-    """Solved facts. A component of ids is a unit, unless it is a product of others.
+class Solution:
+    """What follows from constraints. A component of ids is a unit, unless it is a product of others.
 
     Attributes:
       label: component of each id.
       row: component of the row of each component that is a product, else -1.
       column: likewise.
-      why: number of the reason that freezes each component, or -1.
+      reason: number of the reason that freezes each component, or -1.
       reasons: texts.
     """
 
     label: np.ndarray
     row: np.ndarray
     column: np.ndarray
-    why: np.ndarray
+    reason: np.ndarray
     reasons: tuple[str, ...]
 
     def factors(self, components: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

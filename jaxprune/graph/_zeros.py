@@ -1,56 +1,56 @@
-"""What a program still has to do when some of its inputs are zero throughout.
+"""Zero propagation: the operations that are left to run when some inputs are zero throughout.
 
 A value is *zero* where the rules say so, and *the same* as another where an operation adds zero to it or
-copies it. What nothing needs is not run: that is how a masked layer comes to cost nothing.
+hands it on. What nothing needs is not run: that is how a masked layer comes to cost nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from jaxprune.graph._axes import Axes
-from jaxprune.program import Operation, Program
+import jax.numpy as jnp
 
-_COPIES = frozenset(
-    [
-        "copy",
-        "copy_p",
-        "convert_element_type",
-        "reshape",
-        "broadcast_in_dim",
-        "squeeze",
-        "expand_dims",
-        "optimization_barrier",
-        "name",
-        "sharding_constraint",
-    ]
-)
+from jaxprune.graph._axes import AxisInfo
+from jaxprune.program import Kind, Operation, Program, primitive
+
+Values = Mapping[int, AxisInfo] | Sequence[AxisInfo]
 
 
-def same_values(program: Program, axes: tuple[Axes, ...]) -> dict[int, int]:
+def same_values(program: Program, axes: Values) -> dict[int, int]:
     """Values that equal an earlier one, by number."""
     same: dict[int, int] = {}
     for operation in program.operations:
-        name = operation.primitive.name
-        ins, outs = operation.ins, operation.outs
-        if name in ("add", "add_any", "sub", "or"):
-            left, right = (axes[i].is_zero for i in ins)
-            kept = ins[0] if right else ins[1] if left and name != "sub" else None
-            pairs = [(kept, outs[0])] if kept is not None else []
-        elif name in ("mul", "div"):
-            left, right = (axes[i].value == 1 for i in ins)
-            kept = ins[0] if right else ins[1] if left and name == "mul" else None
-            pairs = [(kept, outs[0])] if kept is not None else []
-        elif name == "select_n" and len({same.get(i, i) for i in ins[1:]}) == 1:
-            pairs = [(ins[1], outs[0])]
-        elif name in _COPIES:
-            pairs = list(zip(ins, outs, strict=False))
-        else:
-            continue
-        for before, after in pairs:
+        for before, after in _handed_on(operation, axes, same, program):
             a, b = program.avals[before], program.avals[after]
             if a.shape == b.shape and a.dtype == b.dtype:
                 same[after] = same.get(before, before)
     return same
+
+
+def _handed_on(
+    operation: Operation, axes: Values, same: dict[int, int], program: Program
+) -> list[tuple[int, int]]:
+    """Operands and the results that equal them, where shape and dtype stay."""
+    name, ins, outs = operation.name, operation.ins, operation.outs
+    known = primitive(name)
+    if known.neutral is not None:
+        left, right = (axes[i].value == known.neutral for i in ins)
+        kept = ins[0] if right else ins[1] if left and known.commutes else None
+    elif name == "select_n":
+        kept = ins[1] if len({same.get(i, i) for i in ins[1:]}) == 1 else None
+    else:
+        exact = _is_exact(operation, program.avals[ins[0]].dtype) if ins else False
+        return list(zip(ins, outs, strict=False)) if exact else []
+    return [] if kept is None else [(kept, outs[0])]
+
+
+def _is_exact(operation: Operation, dtype: object) -> bool:
+    """Whether an operation changes nothing but, perhaps, shape and dtype."""
+    kind, params = primitive(operation.name).kind, operation.params
+    if kind is Kind.CAST and "mantissa_bits" in params:
+        info = jnp.finfo(dtype)
+        return params["mantissa_bits"] >= info.nmant and params["exponent_bits"] >= info.nexp
+    order = params.get("permutation", ())
+    return kind in (Kind.IDENTITY, Kind.CAST, Kind.VIEW) and list(order) == sorted(order)
 
 
 class Work(NamedTuple):
@@ -72,7 +72,7 @@ def all_work(program: Program) -> Work:
     return Work(program.operations, {}, frozenset())
 
 
-def needed_work(program: Program, axes: tuple[Axes, ...]) -> Work:
+def needed_work(program: Program, axes: Values) -> Work:
     """The operations that outputs need, given what is known of values."""
     same = same_values(program, axes)
     zero = frozenset(
@@ -102,7 +102,7 @@ def depends(operations: Iterable[Operation], sources: Iterable[int], work: Work)
     return found
 
 
-def gone_leaves(program: Program, work: Work, blank: Iterable[int], n_params: int) -> list[int]:
+def removed_leaves(program: Program, work: Work, masked: Iterable[int], n_params: int) -> list[int]:
     """Inputs, of those that are zero throughout, that only feed what is not computed any more.
 
     A masked bias of a layer that lives on is still part of it, though adding zero is not computed.
@@ -114,7 +114,7 @@ def gone_leaves(program: Program, work: Work, blank: Iterable[int], n_params: in
         for i in set(operation.ins):
             users.setdefault(i, []).append(operation)
 
-    def gone(number: int) -> bool:
+    def is_removed(number: int) -> bool:
         waiting, seen = [number], {number}
         while waiting:
             for operation in users.get(waiting.pop(), ()):
@@ -129,4 +129,4 @@ def gone_leaves(program: Program, work: Work, blank: Iterable[int], n_params: in
         return True
 
     outputs = {work.same.get(i, i) for i in program.outputs} - work.zero
-    return [number for number in blank if number not in outputs and gone(number)]
+    return [number for number in masked if number not in outputs and is_removed(number)]
