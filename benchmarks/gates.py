@@ -60,7 +60,7 @@ def blocks():
     ]
     for i in range(count):  # open or shut, whatever comes in
         shut = jnp.full(1, 50.0 if i % 2 else -50.0)
-        variables[i]["params"]["gate"]["gate"]["expand"]["bias"] = shut
+        variables[i]["params"]["gate"]["expand"]["bias"] = shut
 
     def block(kernels):
         def run(x):

@@ -52,11 +52,13 @@ def register(*, data: Sequence[str], meta: Sequence[str] = ()) -> Callable[[T], 
 def add(cls: type, data: Sequence[str], meta: Sequence[str], name: str | None = None) -> None:
     """Makes a pytree node that JAX knows known to files and `jax.export`."""
     name = name or cls.__name__
-    if NODES.get(name, Node(cls, (), ())).cls is not cls:
+    known = NODES.get(name)
+    full_name = lambda cls: (cls.__module__, cls.__qualname__)
+    if known is not None and full_name(known.cls) != full_name(cls):
         raise ValueError(f"cls: another class is registered as {name!r}; rename one of them")
-    if name in NODES:
-        return
     NODES[name] = Node(cls, tuple(data), tuple(meta))
+    if known is not None:  # the same class defined anew, as in notebooks
+        return
     jax.export.register_pytree_node_serialization(
         cls,
         serialized_name=f"jaxprune.{name}",

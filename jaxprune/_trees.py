@@ -63,6 +63,21 @@ def resolve_ties(tree: PyTree) -> PyTree:
     """The tree with every tied leaf replaced by what it stands for: the very same array, or made of it.
 
     A leaf tied under another root (`{"params": tied}`) finds its source beside it.
+
+    Args:
+      tree: any tree; without tied leaves it is returned as it is.
+
+    Returns:
+      The tree, which any function takes. Gradients of both places add up in the source.
+
+    Raises:
+      ValueError: a tied leaf whose source is not in the tree.
+
+    Example:
+      >>> tied = jp.tie_tree({"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}, threshold=0.9)
+      >>> full = jp.share.resolve_ties(tied)
+      >>> full["b"] is full["a"]
+      True
     """
     paths, leaves, treedef = flatten(tree)
     if not any(map(is_tie, leaves)):

@@ -1,5 +1,6 @@
 """Eight simulated devices, checked shapes, quick compilation, and a cache of it that outlives the run."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -38,11 +39,24 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _forget_compiled():
-    """What one module compiled helps no other, and holds gigabytes in the end."""
+_held = [0]  # bytes, after the last time that compiled functions were forgotten
+
+
+def _resident():
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def _bounded_memory():
+    """Compiled functions of former tests help few later ones, and would hold gigabytes in the end."""
     yield
-    jax.clear_caches()
+    if _resident() > max(1.2e9, _held[0] + 0.3e9):
+        jax.clear_caches()
+        gc.collect()
+        _held[0] = _resident()
 
 
 @pytest.fixture

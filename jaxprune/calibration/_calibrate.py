@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def calibrate(
         _trees.select(params, where)  # a bad `where` fails before any work
     counting = rows_that_count(fn, weights)
     known: dict[str, Uses] = {}
-    axes: dict[str, tuple[int, ...]] = {}
+    axes: dict[str, tuple[tuple[int, ...], int]] = {}
     recorded = {"histogram": histogram, "second_moment": second_moment}
     step = _step(fn, treedef, paths, where, axes, known, counting, **recorded)
     total: dict[str, Any] = {}
@@ -110,7 +110,7 @@ def calibrate(
     if not len(jitted):
         raise ValueError("batches: expected at least one, got none (an exhausted iterator?)")
     return treedef.unflatten(
-        finished(total[path], moving[path], axes[path], known[path])
+        finished(total[path], moving[path], axes[path][0], known[path], axes[path][1])
         if path in total
         else empty(known[path])
         for path in paths
@@ -141,7 +141,7 @@ def _step(
     treedef: Any,
     paths: list[str],
     where: Where,
-    axes: dict[str, tuple[int, ...]],
+    axes: dict[str, tuple[tuple[int, ...], int]],
     known: dict[str, Uses],
     counting: Callable[[tuple[Any, ...]], Any],
     **recorded: bool,
@@ -168,13 +168,12 @@ def _step(
                 operand = operand_of(step)
                 if operand is None:
                     return HookResult()
-                path, x, summed, sizes = operand
+                found = operand.axes, operand.groups
                 # used the other way round, as tied embeddings are: its first use counts
-                if axes.setdefault(path, summed) != summed:
+                if axes.setdefault(operand.path, found) != found:
                     return HookResult()
-                return HookResult(
-                    record={path: sums(x, row_weights(weights, x, sizes), **recorded)}
-                )
+                own = row_weights(weights, operand.x, operand.sizes, operand.groups)
+                return HookResult(record={operand.path: sums(operand.x, own, **recorded)})
 
             executor = Executor(
                 use, enters=lambda operation: True, dense=_told, merge=merged, neutral=nothing
@@ -196,11 +195,26 @@ def _told(operation: Operation | None, tracked: Tracked, reason: str) -> None:
         )
 
 
-def operand_of(step: Step) -> tuple[str, jax.Array, tuple[int, ...], tuple[int, ...]] | None:
-    """What multiplies a tracked weight in a product or convolution: its path, the rows and features
-    (…, rows, features), features in the order of the weight's axes, these axes, and the sizes of the
-    axes that make the rows.
+class Operand(NamedTuple):
+    """What multiplies a tracked weight in a product or convolution.
+
+    Attributes:
+      path: of the weight.
+      x: (…, rows, features), features in the order of the weight's axes.
+      axes: these axes, counted from the end.
+      sizes: of the axes that make the rows.
+      groups: of a convolution: if above 1, the axis of `x` before rows.
     """
+
+    path: str
+    x: jax.Array
+    axes: tuple[int, ...]
+    sizes: tuple[int, ...]
+    groups: int = 1
+
+
+def operand_of(step: Step) -> Operand | None:
+    """What multiplies a tracked weight, if the step is a product or convolution with one."""
     operation, operands, _ = step
     if not is_product(operation.name) or "dimension_numbers" not in operation.params:
         return None
@@ -217,13 +231,12 @@ def operand_of(step: Step) -> tuple[str, jax.Array, tuple[int, ...], tuple[int, 
         rows = jnp.transpose(rows, (*range(first), *(first + i for i in order)))
         rank = len(layout.shape)
         axes = tuple(layout.contract[i] - rank for i in order)
-        return tracked.path, rows.reshape(*rows.shape[:first], -1), axes, layout.sizes
-    return None if side == 0 else (tracked.path, *_patches(operation, tracked, x))
+        return Operand(tracked.path, rows.reshape(*rows.shape[:first], -1), axes, layout.sizes)
+    return None if side == 0 else _patches(operation, tracked, x)
 
 
-def _patches(
-    operation: Any, tracked: Tracked, x: jax.Array
-) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
+def _patches(operation: Any, tracked: Tracked, x: jax.Array) -> Operand:
+    """The windows that a kernel multiplies, as rows (im2col)."""
     params = operation.params
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     window = [tracked.shape[i] for i in numbers.rhs_spec[2:]]
@@ -243,11 +256,11 @@ def _patches(
     rank = len(tracked.order)
     stored = sorted((tracked.order[axis], place) for axis, place in read.items())
     last = patches.ndim - 1
-    patches = jnp.transpose(patches, (0, 1, last, *(place for _, place in stored)))
+    patches = jnp.transpose(patches, (1, 0, last, *(place for _, place in stored)))
     assert rank == len(read) + 1
     features = int(np.prod([channels, *window]))
-    axes = tuple(axis for axis, _ in stored)
-    return patches.reshape(-1, features), axes, (n, *space) if groups == 1 else (n, groups, *space)
+    rows = patches.reshape(*(() if groups == 1 else (groups,)), -1, features)
+    return Operand(tracked.path, rows, tuple(axis for axis, _ in stored), (n, *space), groups)
 
 
 def _refuse_non_finite(record: dict[str, Any], batch: int) -> None:

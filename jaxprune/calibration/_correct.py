@@ -14,6 +14,7 @@ from jaxprune.calibration._calibrate import stats_leaves
 from jaxprune.calibration._stats import Stats
 from jaxprune.program import Pair, biases_of, trace_program
 from jaxprune.quantize import ActivationQuantized
+from jaxprune.scores import per_entry
 
 
 def correct_biases(
@@ -96,16 +97,11 @@ def _change(pair: Pair | None, stat: Stats, lost: Any, small: list[Any]) -> Any:
         return "its bias is compressed"
     if not stat.axes:
         return "calibration saw nothing multiply it"
-    sizes = [lost.shape[i] for i in stat.axes]
-    lead = stat.mean.shape[:-1]  # stacked layers, experts
-    if stat.mean.shape[-1] != np.prod(sizes) or lost.shape[: len(lead)] != lead:
+    try:
+        mean = per_entry("", lost.shape, stat, stat.mean)
+    except ValueError:
         return "its features are not those of the statistics"
-    sums = lambda mean, lost: jnp.tensordot(
-        mean.reshape(sizes), lost, (tuple(range(len(sizes))), stat.axes)
-    )
-    for _ in lead:
-        sums = jax.vmap(sums)
-    missing = sums(stat.mean, lost)
+    missing = jnp.sum(mean * lost, stat.axes)
     if missing.size != bias.size:
         return "its bias has another size than its results"
     return missing.reshape(bias.shape)

@@ -71,8 +71,11 @@ def _mask(batch: tuple[Any, ...], names: list[str], at: int) -> Array | None:
 
 
 def row_weights(
-    weights: Array | None, x: Float[Array, "*lead rows features"], sizes: tuple[int, ...]
-) -> Float[Array, "*lead rows"]:
+    weights: Array | None,
+    x: Float[Array, "*lead rows features"],
+    sizes: tuple[int, ...],
+    groups: int = 1,
+) -> Float[Array, "..."]:
     """The weight of each row of an operand.
 
     Args:
@@ -80,9 +83,13 @@ def row_weights(
       x: the operand.
       sizes: of the axes that make its rows. Weights belong to the first of them, or to several merged;
         an operand with fewer axes, as after pooling, counts where any of its rows does.
+      groups: of a convolution; if above 1, an axis of `x` counts them, and all have the same rows.
+
+    Returns:
+      Weights (…, rows), without an axis of groups.
     """
-    found = jnp.ones(x.shape[:-1], jnp.float32)
-    if x.ndim > 2:  # slots of experts that no token took
+    found = jnp.ones(x.shape[-2], jnp.float32)
+    if x.ndim > 2 and groups == 1:  # slots of experts that no token took
         found = jnp.any(x != 0, -1).astype(jnp.float32)
     if weights is None:
         return found

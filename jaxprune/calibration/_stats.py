@@ -26,7 +26,7 @@ _LEAST = ("low",)
         "count", "mean", "mean_square", "absmax", "low", "high", "moving_low", "moving_high",
         "histogram", "second_moment",
     ),
-    meta_fields=("axes", "uses"),
+    meta_fields=("axes", "uses", "groups"),
 )  # fmt: skip
 @dataclass(frozen=True)
 class Stats:
@@ -47,6 +47,8 @@ class Stats:
       second_moment: (features, features), the mean of x xᵀ, or `None`.
       axes: the weight's summed axes, counted from the end, ascending.
       uses: what the calibrated function does with the leaf, see `jp.uses`.
+      groups: of a grouped convolution: the axis before features counts them, since each group of output
+        channels reads features of its own (depthwise ones have as many groups as channels).
     """
 
     count: Array
@@ -61,6 +63,7 @@ class Stats:
     second_moment: Array | None
     axes: tuple[int, ...]
     uses: Uses
+    groups: int = 1
 
 
 def empty(uses: Uses) -> Stats:
@@ -144,7 +147,11 @@ def merged(path: str, records: list[dict[str, Array]], stacked: bool) -> dict[st
 
 
 def finished(
-    record: dict[str, Any], moving: tuple[Any, Any], axes: tuple[int, ...], uses: Uses
+    record: dict[str, Any],
+    moving: tuple[Any, Any],
+    axes: tuple[int, ...],
+    uses: Uses,
+    groups: int,
 ) -> Stats:
     """Means of the sums."""
     count = record["count"]
@@ -164,4 +171,5 @@ def finished(
         None if products is None else rows(products),
         axes,
         uses,
+        groups,
     )

@@ -48,7 +48,7 @@ def register(cls: type) -> type:
       >>> @jp.export.register
       ... @jax.tree_util.register_dataclass
       ... @dataclasses.dataclass(frozen=True)
-      ... class Ternary:
+      ... class Signs:
       ...     signs: jax.Array
       ...     scale: jax.Array
       ...     axis: int = dataclasses.field(metadata={"static": True}, default=-1)

@@ -46,12 +46,10 @@ class ChannelGate(nn.Module):
         self, x: Float[Array, "batch ... channels"], *, deterministic: bool = False
     ) -> Float[Array, "batch features"]:
         """Gates of shape (batch, features), for any number of axes between batch and channels."""
-        params = self.param(
-            "gate",
-            lambda key: gates.gate_params(
-                key, x.shape[-1], self.features, reduction=self.reduction
-            ),
-        )
+        make = lambda key, layer: gates.gate_params(
+            key, x.shape[-1], self.features, reduction=self.reduction
+        )[layer]
+        params = {layer: self.param(layer, make, layer) for layer in ("reduce", "expand")}
         draws = self.method in gates.RANDOM and not deterministic and not self.is_initializing()
         key = self.make_rng("gates") if draws else None
         logits = gates.gate_logits(params, x)
@@ -234,7 +232,9 @@ class HeadGate(nn.Module):
     ) -> Float[Array, "batch time heads dims"]:
         """What heads made, that of closed ones 0."""
         flat = x.reshape(*x.shape[:2], -1)
-        gate = ChannelGate(x.shape[2], self.method, self.k, self.reduction, self.temperature)
+        gate = ChannelGate(
+            x.shape[2], self.method, self.k, self.reduction, self.temperature, name="gate"
+        )
         found = gate(flat, deterministic=deterministic)
         return x * found[:, None, :, None].astype(x.dtype)
 

@@ -44,10 +44,8 @@ class ChannelGate(nnx.Module):
         if method == "top_k":
             gates.kept(k, features)
         params = gates.gate_params(rngs.params(), channels, features, reduction=reduction)
-        self.reduce_kernel = nnx.Param(params["reduce"]["kernel"])
-        self.reduce_bias = nnx.Param(params["reduce"]["bias"])
-        self.expand_kernel = nnx.Param(params["expand"]["kernel"])
-        self.expand_bias = nnx.Param(params["expand"]["bias"])
+        self.reduce = nnx.Dict(jax.tree.map(nnx.Param, params["reduce"]))
+        self.expand = nnx.Dict(jax.tree.map(nnx.Param, params["expand"]))
         self.method, self.k, self.temperature = method, k, temperature
         self.rngs = rngs.fork() if method in gates.RANDOM else None
 
@@ -56,8 +54,8 @@ class ChannelGate(nnx.Module):
     ) -> Float[Array, "batch features"]:
         """Gates of shape (batch, features)."""
         params = {
-            "reduce": {"kernel": self.reduce_kernel[...], "bias": self.reduce_bias[...]},
-            "expand": {"kernel": self.expand_kernel[...], "bias": self.expand_bias[...]},
+            name: {"kernel": layer.kernel[...], "bias": layer.bias[...]}
+            for name, layer in (("reduce", self.reduce), ("expand", self.expand))
         }
         key = None
         if self.rngs is not None and not deterministic:
@@ -350,25 +348,36 @@ class EarlyExit(nnx.Module):
     ) -> None:
         """For stages that make so many `channels` each, or with `heads` of your own."""
         gates.check_heads(stages, classes, heads)
-        self.stages = nnx.List(stages)
+        self.count = len(stages)
+        self._keep("stages", stages)
         if heads is not None:
-            self.heads = nnx.List(heads)
+            self._keep("heads", heads)
             return
         if channels is None or len(channels) != len(stages) or rngs is None:
             raise ValueError(
                 "channels, rngs: expected the channels that each stage makes, and rngs"
             )
         assert classes is not None
-        self.dense = nnx.List([nnx.Linear(n, classes, rngs=rngs) for n in channels])
+        self._keep("dense", [nnx.Linear(n, classes, rngs=rngs) for n in channels])
+
+    def _keep(self, name: str, modules: Sequence[Any]) -> None:
+        for i, module in enumerate(
+            modules
+        ):  # under the names that linen gives to modules in a list
+            setattr(self, f"{name}_{i}", module)
+
+    def _kept(self, name: str) -> list[Any]:
+        return [getattr(self, f"{name}_{i}") for i in range(self.count)]
 
     def _exits(self) -> Sequence[Callable[[Array], Array]]:
-        if hasattr(self, "heads"):
-            return list(self.heads)
-        return [lambda x, head=head: head(gates.pooled(x, magnitude=False)) for head in self.dense]
+        if hasattr(self, "heads_0"):
+            return self._kept("heads")
+        dense = self._kept("dense")
+        return [lambda x, head=head: head(gates.pooled(x, magnitude=False)) for head in dense]
 
     def __call__(self, x: Float[Array, "batch ..."]) -> list[Array]:
         """Logits of all heads."""
-        return gates.all_exits(list(self.stages), self._exits(), x)
+        return gates.all_exits(self._kept("stages"), self._exits(), x)
 
     def skip(
         self,
@@ -379,7 +388,7 @@ class EarlyExit(nnx.Module):
     ) -> tuple[Array, Array]:
         """Logits, and the stage where they were made; see `jp.linen.EarlyExit.skip`."""
         return gates.left_early(
-            list(self.stages), self._exits(), x, capacities=capacities, threshold=threshold
+            self._kept("stages"), self._exits(), x, capacities=capacities, threshold=threshold
         )
 
 

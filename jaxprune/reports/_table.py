@@ -162,15 +162,16 @@ def report(
     """
     _checks.same_structure("compressed", compressed, "params", params)
     paths, dense, treedef = _trees.flatten(params)
+    held = treedef.flatten_up_to(compressed)
     now = treedef.flatten_up_to(_trees.resolve_ties(compressed))
-    rows = tuple(_row(*item) for item in zip(paths, dense, now, strict=True))
+    rows = tuple(_row(*item) for item in zip(paths, dense, now, held, strict=True))
     if fn is None or not args:
         return Report(rows)
     before = seconds(fn, params, *args)
     return Report(rows, before, seconds(run_compressed(compressed_fn or fn), compressed, *args))
 
 
-def _row(path: str, before: Any, now: Any) -> Row:
+def _row(path: str, before: Any, now: Any, held: Any) -> Row:
     shape = tuple(np.shape(before))
     left = tuple(now.shape if is_compressed(now) else np.shape(now))
     if len(left) != len(shape) or any(a > b for a, b in zip(left, shape, strict=True)):
@@ -179,7 +180,7 @@ def _row(path: str, before: Any, now: Any) -> Row:
             "tree with its own compressed form"
         )
     size = int(np.prod(shape))
-    bytes_now = leaf_nbytes(now)
+    bytes_now = leaf_nbytes(held)
     values = _trees.dense(now)
     removed = size - int(np.prod(left))
     zeros = removed + (int(jnp.sum(values == 0)) if size and hasattr(values, "dtype") else 0)

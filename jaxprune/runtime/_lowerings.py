@@ -17,16 +17,16 @@ from jaxprune._trees import is_few
 from jaxprune.program import Layout
 from jaxprune.quantize import InputScale, Levels
 from jaxprune.runtime._activations import (
+    LEAST,
     STEPS,
     TOP,
     How,
     Int8Split,
     all_mapped,
+    excess,
     int8_split,
     is_even,
     is_resolved,
-    magnitude_sums,
-    resolution,
     rounded,
     row_scale,
     with_known_scale,
@@ -38,6 +38,7 @@ from jaxprune.runtime._integers import LONGEST
 from jaxprune.runtime._rules import INTEGERS, Kind, has_rule, rule_of
 
 _FEW = 2  # integer products of fewer rows run slower than of these
+_PEAK = 5.0  # largest to rms of a column of weights, as a rule
 _SEEN = 16  # entries of each block and column that tell of outliers
 
 
@@ -74,14 +75,14 @@ def _guarded(
     axes: tuple[int, ...],
     fast: Callable[[], tuple[Array, Array]],
     slow: Callable[[], Array],
-    sources: float = 1.0,
+    of_weights: float = 0.0,
 ) -> Array:
     """`fast()` where two int8 parts resolve `x`, `fast` says so of the weights, and the results are even
     enough for errors to be small beside all of them; else `slow()`. Decided as the program runs.
-    `sources`: how much larger errors are than those of the activations alone.
+    `of_weights`: the ratio of largest to rms that weights have, where they are rounded too.
     """
     resolved, peak = is_resolved(x, axes)
-    peak = sources * peak
+    peak = jnp.hypot(peak, of_weights)
     shape = jax.eval_shape(fast)[0]
 
     def checked() -> tuple[Array, Array]:
@@ -211,7 +212,7 @@ def _blocked_split(x: Array, w: Any, layout: Layout, how: How) -> Array:
     axes = _contracted(x, layout)
     x = rounded(x, axes, how)
     fast = lambda: _both_split(x, w, layout)
-    return _guarded(x, axes, fast, lambda: _blocked(x, w, layout, None), 1.4)
+    return _guarded(x, axes, fast, lambda: _blocked(x, w, layout, None), _PEAK)
 
 
 def _both_split(x: Array, w: Any, layout: Layout) -> tuple[Array, Array]:
@@ -242,23 +243,24 @@ def _hi_lo_product(inner: Layout, x: Array, high: Array, low: Array, at: int) ->
 
 
 def _sampled(high: Array, low: Array, inner: Layout) -> Array:
-    """Sums of magnitudes of some entries of each column, (batch…, 1, 3, free…)."""
+    """How far some entries of each column are resolved, and how many they are: (batch…, 1, 2, free…)."""
     axis = max(inner.contract, key=lambda i: inner.shape[i])
     step = max(high.shape[axis] // _SEEN, 1)
     some = lambda y: jax.lax.slice_in_dim(y, 0, None, step, axis).astype(jnp.float32)
-    sums = magnitude_sums(jnp.abs(some(high) + some(low) / STEPS), inner.contract)
+    ratio = jnp.abs(some(high) + some(low) / STEPS)
+    sums = [jnp.sum(y, inner.contract) for y in (excess(ratio), (ratio != 0).astype(jnp.float32))]
     kept = [i for i in range(high.ndim) if i not in inner.contract]
     order = [kept.index(i) for i in (*inner.batch, *inner.free)]
     at = len(inner.batch)
     return jnp.expand_dims(jnp.stack([jnp.transpose(y, order) for y in sums], at), at)
 
 
-def _weights_resolved(sums: Array, bound: Array, layout: Layout) -> Array:
+def _weights_resolved(seen: Array, bound: Array, layout: Layout) -> Array:
     """Whether the largest bound of a column is below what is typical of all of them."""
     at = len(layout.batch)
-    sums = jnp.moveaxis(jnp.squeeze(sums, at), at, 0)
-    bound = jnp.broadcast_to(jnp.squeeze(_beside(bound, layout), at), sums.shape[1:])
-    typical = bound * jnp.where(sums[2] > 0, resolution(*sums), 0.0)
+    above, count = jnp.moveaxis(jnp.squeeze(seen, at), at, 0)
+    bound = jnp.broadcast_to(jnp.squeeze(_beside(bound, layout), at), above.shape)
+    typical = bound * jnp.where(count > 0, 1.0 + above / (LEAST * jnp.maximum(count, 1.0)), 0.0)
     return jnp.max(bound, initial=0.0) <= jnp.sqrt(jnp.mean(jnp.square(typical)))
 
 

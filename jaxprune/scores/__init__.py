@@ -9,7 +9,7 @@ nobody prunes scores the scalar `+inf`. Your own needs no registration:
     masks = jp.masks.from_scores(signed(params), 0.5)
 """
 
-from jaxprune.scores._activations import gram_diagonal, wanda
+from jaxprune.scores._activations import gram_diagonal, per_entry, wanda
 from jaxprune.scores._gradients import fisher, movement, taylor
 from jaxprune.scores._weights import lamp, magnitude, random
 

@@ -18,7 +18,7 @@ def wanda(params: Params, stats: PyTree, *, where: Where = None) -> Scores:
     Args:
       params: any tree of arrays.
       stats: of `jp.calibrate` on the same tree.
-      where: which leaves are scored; by default floating leaves with two axes or more.
+      where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
       Tree like `params`: non-negative float32 scores in the weight's shape, or the scalar `+inf`, also
@@ -54,7 +54,7 @@ def gram_diagonal(params: Params, stats: PyTree, *, where: Where = None) -> Scor
     Args:
       params: any tree of arrays.
       stats: of `jp.calibrate` on the same tree.
-      where: which leaves; by default floating leaves with two axes or more.
+      where: which leaves; by default the weights, see `jp.quantize_tree`.
 
     Returns:
       Tree like `params`: non-negative float32 that broadcast against the weights, or the scalar `+inf`,
@@ -97,12 +97,21 @@ def _wanda(path: str, leaf: Any, stat: Any) -> Float[Array, "..."]:
 
 def per_entry(path: str, shape: tuple[int, ...], stat: Any, x: Array) -> Array:
     """Something known of each input feature, beside the weights of `shape` that read it."""
-    lead = x.ndim - 1
+    grouped = int(stat.groups > 1)
+    lead = x.ndim - 1 - grouped
     summed = [axis % len(shape) for axis in stat.axes]
-    wanted = [n if i in summed or i < lead else 1 for i, n in enumerate(shape)]
-    if int(np.prod(wanted)) != x.size:
+    outer = [i for i in range(lead, len(shape)) if i not in summed]
+    sizes = [shape[i] for i in summed]
+    odd = grouped and (len(outer) != 1 or shape[outer[0]] % stat.groups)
+    if odd or x.shape[-1] != np.prod(sizes) or x.shape[:lead] != shape[:lead]:
         raise ValueError(
             f"stats: leaf {path!r} has shape {shape}, its statistics {x.size} features; calibrate again "
             "with these params"
         )
-    return x.reshape(wanted)
+    if not grouped:
+        return x.reshape([n if i in summed or i < lead else 1 for i, n in enumerate(shape)])
+    x = jnp.repeat(
+        x, shape[outer[0]] // stat.groups, axis=lead
+    )  # (lead…, output channels, features)
+    order = [*range(lead), *outer, *summed]
+    return jnp.transpose(x.reshape(*x.shape[:-1], *sizes), np.argsort(order).tolist())

@@ -273,6 +273,8 @@ def _metric(
     else:
         squares = np.asarray(stat.mean_square, np.float64).reshape(-1, features)
         found = np.stack([np.diag(row) for row in squares])
+    if stat.groups > 1:  # one matrix of all groups: what they read on average
+        found = found.reshape(-1, stat.groups, features, features).mean(1)
     return np.broadcast_to(found, (count, features, features)), summed == tail_axes
 
 

@@ -259,3 +259,92 @@ def test_wanda_weighs_by_input_features():
         np.testing.assert_allclose(scores[layer], jnp.abs(params["w"][layer]) * norm, rtol=1e-4)
     with pytest.raises(ValueError, match="another tree"):
         jp.scores.wanda({"v": params["w"]}, jp.calibrate(fn, params, [x]))
+
+
+GROUPED = {
+    "depthwise": (8, 8, 1, 1),
+    "depthwise, two each": (8, 8, 2, 1),
+    "two groups": (2, 8, 1, 4),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped_convolutions_have_statistics_of_each_group(name):
+    groups, channels, each, inner = GROUPED[name]
+    params = {"w": normal(3, 3, inner, channels * each), "b": jnp.zeros(channels * each)}
+    shift = 3.0 * jnp.arange(channels)  # every channel has a mean of its own
+
+    def fn(p, x):
+        y = jax.lax.conv_general_dilated(
+            x + shift, p["w"], (1, 1), "VALID", feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        return y + p["b"]
+
+    x = normal(4, 6, 6, channels, seed=1)
+    stats = jp.calibrate(fn, params, [x])
+    assert stats["w"].mean.shape == (groups, 9 * inner)
+    np.testing.assert_allclose(
+        stats["w"].mean.mean(1)[-1], (x + shift)[..., -inner:].mean(), atol=0.5
+    )
+    small = jp.quantize_tree(params, bits=2, where="w")
+    fixed = jp.calibration.correct_biases(fn, params, small, stats, x)
+    off = lambda tree: np.abs(
+        (fn(jp.dequantize_tree(tree), x) - fn(params, x)).mean((0, 1, 2))
+    ).max()
+    assert off(fixed) < 1e-3 < 0.1 < off(small)
+    scores = jp.scores.wanda(params, stats)["w"]
+    assert scores.shape == params["w"].shape
+    per_channel = jnp.mean(scores / jnp.abs(params["w"]), (0, 1, 2))
+    assert per_channel[-1] > 2 * per_channel[0]  # the last group reads larger inputs
+
+
+def test_rows_that_do_not_count():
+    params = {"e": normal(20, 8).at[0].set(50.0), "w": normal(8, 6), "v": normal(6, 3)}
+
+    def fn(p, tokens, keep):
+        h = jax.nn.relu(p["e"][tokens] @ p["w"])
+        pooled = (h * keep[..., None]).sum(1) / keep.sum(1, keepdims=True)
+        return pooled @ p["v"]
+
+    keep = jnp.arange(10)[None] < jnp.array([[3], [5], [10], [2]])
+    tokens = jnp.where(keep, jnp.asarray(np.random.default_rng(0).integers(1, 20, (4, 10))), 0)
+    whole = jp.calibrate(fn, params, [(tokens, keep)], histogram=True, second_moment=True)
+    for weights in ("keep", lambda tokens, keep: keep, lambda tokens, keep: 2.0 * keep):
+        some = jp.calibrate(
+            fn, params, [(tokens, keep)], weights=weights, histogram=True, second_moment=True
+        )
+        rows = params["e"][tokens[keep]]
+        factor = float(some["w"].count) / 20
+        assert factor in (1.0, 2.0)
+        np.testing.assert_allclose(some["w"].mean, rows.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(some["w"].absmax, jnp.abs(rows).max(0), rtol=1e-6)
+        np.testing.assert_allclose(
+            some["w"].second_moment, rows.T @ rows / 20, rtol=1e-4, atol=1e-5
+        )
+        assert float(some["w"].histogram.sum()) == 160 * factor
+        assert float(some["v"].count) == 4 * factor  # pooled: every example has rows that count
+    assert float(whole["w"].count) == 40
+    with pytest.raises(ValueError, match=r"no argument 'maks'.*'keep'"):
+        jp.calibrate(fn, params, [(tokens, keep)], weights="maks")
+    masked = lambda p, tokens, mask: fn(p, tokens, mask)
+    with pytest.warns(UserWarning, match=r"'mask' is 0.*weights=None counts all"):
+        auto = jp.calibrate(masked, params, [(tokens, keep)])
+    assert float(auto["w"].count) == 20
+    # rows that do not count may hold anything
+    bad = jnp.where(keep, tokens, 19)
+    odd = {**params, "e": params["e"].at[19].set(jnp.nan)}
+    good = jnp.where(keep, jnp.minimum(tokens, 18), 19)
+    found = jp.calibrate(lambda p, t, keep: p["e"][t] @ p["w"], odd, [(good, keep)], weights="keep")
+    assert bool(jnp.isfinite(found["w"].mean).all())
+    with pytest.raises(ValueError, match="NaN"):
+        jp.calibrate(lambda p, t, keep: p["e"][t] @ p["w"], odd, [(bad, keep)])
+
+
+def test_unused_slots_of_experts_do_not_count():
+    params = {"w": normal(3, 8, 4)}
+    x = normal(3, 5, 8).at[0, 2:].set(0).at[2].set(0)
+    stats = jp.calibrate(lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["w"]), params, [x])["w"]
+    assert stats.count.tolist() == [2, 5, 0]
+    np.testing.assert_allclose(stats.mean[0], x[0, :2].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(stats.mean[2], 0)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import jaxprune as jp
@@ -82,7 +83,7 @@ def test_nnx_layers_skip_and_train():
     few, index = net.skip(x)
     np.testing.assert_allclose(jp.gates.scattered(few, index, 6), net(x), rtol=1e-4, atol=1e-5)
     grads = nnx.grad(lambda net: jnp.sum(net(normal(3, 8, 8, 4)) ** 2))(net)
-    assert float(jnp.abs(grads["first"]["gate"]["expand_kernel"][...]).max()) > 0
+    assert float(jnp.abs(grads["first"]["gate"]["expand"]["kernel"][...]).max()) > 0
     _, seen = nnx.capture(lambda net, x: net(x), nnx.Intermediate)(net, normal(3, 8, 8, 4))
     assert seen["first"]["gate"]["gate"][0].shape == (3, 12)
     with pytest.raises(ValueError, match="batch of 3"):
@@ -120,3 +121,62 @@ def test_block_token_and_head_gates():
         jp.nnx.ChannelGate(4, 6, k=7, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="expected one of"):
         jp.nnx.ChannelGate(4, 6, method="soft", rngs=nnx.Rngs(0))
+
+
+def _two_stages(stage):
+    return [stage(), stage()]
+
+
+TWINS = {
+    "ChannelGate": (
+        lambda: jp.linen.ChannelGate(6, k=2),
+        lambda r: jp.nnx.ChannelGate(4, 6, k=2, rngs=r), (3, 5, 4), (),
+    ),
+    "GatedConv": (
+        lambda: jp.linen.GatedConv(8, (3, 3), k=4),
+        lambda r: jp.nnx.GatedConv(4, 8, (3, 3), k=4, rngs=r), (2, 6, 6, 4), (),
+    ),
+    "GatedDense": (
+        lambda: jp.linen.GatedDense(8, k=4), lambda r: jp.nnx.GatedDense(4, 8, k=4, rngs=r), (2, 4), (),
+    ),
+    "HeadGate": (
+        lambda: jp.linen.HeadGate(k=1), lambda r: jp.nnx.HeadGate(2, 4, k=1, rngs=r), (2, 3, 2, 4), (),
+    ),
+    "TokenGate": (
+        lambda: jp.linen.TokenGate(), lambda r: jp.nnx.TokenGate(4, rngs=r), (2, 6, 4), (jnp.tanh,),
+    ),
+    "BlockGate": (
+        lambda: jp.linen.BlockGate(), lambda r: jp.nnx.BlockGate(4, rngs=r), (2, 4), (jnp.tanh,),
+    ),
+    "EarlyExit": (
+        lambda: jp.linen.EarlyExit(_two_stages(lambda: nn.Dense(4)), classes=3),
+        lambda r: jp.nnx.EarlyExit(
+            _two_stages(lambda: nnx.Linear(4, 4, rngs=r)), [4, 4], classes=3, rngs=r
+        ),
+        (2, 4), (),
+    ),
+}  # fmt: skip
+
+
+def test_every_module_has_a_twin():
+    assert set(TWINS) == set(jp.linen.__all__)
+    assert set(TWINS) == set(jp.nnx.__all__) - {"compact"}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_weights_carry_over_between_linen_and_nnx(name):
+    """The same names and shapes of parameters, and with the same weights the same results."""
+    linen, make, shape, block = TWINS[name]
+    x = normal(*shape)
+    module = linen()
+    weights = module.init(jax.random.key(1), x, *block)["params"]
+    graph, state = nnx.split(make(nnx.Rngs(0)))
+    theirs = nnx.to_pure_dict(state)
+    assert jax.tree.map(jnp.shape, weights) == jax.tree.map(jnp.shape, theirs)
+    nnx.replace_by_pure_dict(state, weights)
+    found = nnx.merge(graph, state)(x, *block, **DETERMINISTIC.get(name, {}))
+    wanted = module.apply({"params": weights}, x, *block, **DETERMINISTIC.get(name, {}))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
+
+
+DETERMINISTIC = {name: {"deterministic": True} for name in ("BlockGate",)}

@@ -78,7 +78,7 @@ def test_phases_hold_updates_and_state():
     for _ in range(6):
         updates, state = update(grads, state, params)
         moved.append([bool(jnp.any(updates[k] != 0)) for k in ("net", "gates")])
-        counts.append(int(state.inner_states["net"].inner_state.inner[0].count))
+        counts.append(int(state.inner_states["net"].inner_state.inner_state[0].count))
     assert [n for n, _ in moved] == [True, False, False, True, False, False]
     assert [n for _, n in moved] == [False, False, True, True, False, False]
     assert counts == [1, 1, 1, 2, 2, 2]  # Adam's moments rest with it
@@ -163,8 +163,8 @@ def test_linen_and_nnx_layers_in_buckets(method):
     x = normal(1, 6, 6, 4)
     conv = jp.linen.GatedConv(10, (3, 3), method=method, k=3)
     params = {"params": conv.init(jax.random.key(0), x)["params"]}
-    bias = params["params"]["gate"]["gate"]["expand"]["bias"]
-    params["params"]["gate"]["gate"]["expand"]["bias"] = bias - 1.5 * (jnp.arange(10) % 2)
+    bias = params["params"]["gate"]["expand"]["bias"]
+    params["params"]["gate"]["expand"]["bias"] = bias - 1.5 * (jnp.arange(10) % 2)
     y, gates = jax.jit(lambda p, x: conv.apply(p, x, method="bucketed"))(params, x)
     whole = conv.apply(params, x, deterministic=True)
     np.testing.assert_allclose(y, whole, rtol=1e-4, atol=1e-5)
@@ -189,7 +189,7 @@ def test_policies_get_actions_and_logits_from_the_modules():
 
     grads, actions = jax.grad(loss, has_aux=True)(params)
     assert set(np.unique(actions)) == {0.0, 1.0}
-    assert float(jnp.abs(grads["params"]["gate"]["gate"]["expand"]["bias"]).max()) > 0
+    assert float(jnp.abs(grads["params"]["gate"]["expand"]["bias"]).max()) > 0
     assert float(jnp.abs(grads["params"]["conv"]["kernel"]).max()) == 0  # rewards have no gradient
 
 

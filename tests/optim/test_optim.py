@@ -177,14 +177,14 @@ def test_gradual_leaves_masks_alone_between_changes(params):
 
 
 def test_gradual_with_any_score_pattern_and_scope(params):
-    for scores in (jp.scores.magnitude, jp.scores.taylor, jp.scores.movement, jp.scores.lamp):
-        for scope in ("global", "leaf"):
-            tx = jp.optim.gradual(
-                optax.sgd(0.1), jp.schedules.one_shot(0.5, at=1), scores=scores, scope=scope
-            )
-            trained, state = steps(tx, params, 3)
-            assert jp.sparsity(jp.optim.get_masks(state)) == pytest.approx(0.5, abs=0.02)
-            assert_zero(trained, jp.optim.get_masks(state))
+    scores = (jp.scores.magnitude, jp.scores.taylor, jp.scores.movement, jp.scores.lamp)
+    for score, scope in zip(scores, ("leaf", "global", "leaf", "global"), strict=True):
+        tx = jp.optim.gradual(
+            optax.sgd(0.1), jp.schedules.one_shot(0.5, at=1), scores=score, scope=scope
+        )
+        trained, state = steps(tx, params, 3)
+        assert jp.sparsity(jp.optim.get_masks(state)) == pytest.approx(0.5, abs=0.02)
+        assert_zero(trained, jp.optim.get_masks(state))
     for pattern, sparsity in (
         (jp.masks.NM(2, 4), 0.5),
         (jp.masks.Block((2, 2)), 0.5),
