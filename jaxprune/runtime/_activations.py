@@ -41,8 +41,8 @@ class Int8Split(NamedTuple):
 
 
 def row_scale(x: Float[Array, "..."], axes: tuple[int, ...], top: float) -> Array:
-    """A scale for each row, such that its largest entry becomes `top`; 1 for a row of zeros. That of a
-    row with NaN or infinity may be any.
+    """A scale for each row, such that its largest entry becomes `top`; 1 for a row of zeros, and any for
+    one with NaN or infinity.
     """
     scale = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0.0) / top
     return jnp.where(scale == 0, 1.0, scale)

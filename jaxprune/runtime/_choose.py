@@ -14,9 +14,9 @@ from jaxprune.runtime._rules import INTEGERS, Kind, rule_of
 from jaxprune.runtime._tuning import Thresholds
 
 _WHY_NM = {
-    "dense": "few rows: what is left of pruned weights is spread faster than it is rounded",
+    "dense": "what is left of pruned weights is spread faster than it is rounded",
     "blocked": "what is left of pruned weights is spread, and a float product",
-    "blocked_int8_split": "many rows: what is left is split in two int8 parts and spread",
+    "blocked_int8_split": "what is left is split in two int8 parts and spread",
 }
 
 

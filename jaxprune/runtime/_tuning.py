@@ -1,10 +1,10 @@
 """Which lowering is fastest for each kind of codes and number of rows: defaults, and what was measured.
 
 Measured on CPU (`benchmarks/compressed.py`, `jaxprune tune`): an integer product of 8-bit codes runs
-several times faster than a float one, from two rows on, and two int8 parts of activations make it precise
-and still faster. Codes that are no integers, or whose scales differ within a sum, become numbers block by
-block; with many rows it pays to split those again. Compilers for GPU and TPU fuse the conversion of codes
-into a float product.
+several times faster than a float one, from two rows on, and two int8 parts of activations make it
+precise and still faster. Codes that are no integers, or whose scales differ within a sum, become numbers
+block by block; few codewords are split again where rows are few. Compilers for GPU and TPU fuse the
+conversion of codes into a float product.
 """
 
 import json
@@ -27,13 +27,13 @@ DEFAULTS: dict[str, Thresholds] = {
     "cpu": {
         Kind.INTEGER: [(-1, "int8_split")],
         Kind.PACKED_INTEGER: [(-1, "int8_split")],
-        Kind.GROUPED_INTEGER: [(32, "groups"), (-1, "blocked_int8_split")],
-        Kind.NUMBER: [(32, "blocked"), (-1, "blocked_int8_split")],
-        Kind.VALUE: [(32, "blocked"), (-1, "blocked_int8_split")],
-        Kind.NF4_LEVEL: [(-1, "blocked_int8_split")],
-        Kind.FEW_CODEWORDS: [(-1, "blocked_int8_split")],
-        Kind.MANY_CODEWORDS: [(16, "blocked"), (-1, "blocked_int8_split")],
-        Kind.NM_VALUE: [(8, "dense"), (-1, "blocked_int8_split")],
+        Kind.GROUPED_INTEGER: [(64, "groups"), (-1, "blocked")],
+        Kind.NUMBER: [(-1, "blocked")],
+        Kind.VALUE: [(-1, "blocked")],
+        Kind.NF4_LEVEL: [(64, "blocked_int8_split"), (-1, "blocked")],
+        Kind.FEW_CODEWORDS: [(64, "blocked_int8_split"), (-1, "blocked")],
+        Kind.MANY_CODEWORDS: [(-1, "blocked")],
+        Kind.NM_VALUE: [(8, "dense"), (64, "blocked_int8_split"), (-1, "dense")],
     },
     "other": {
         kind: [(-1, "converted" if kind in ("integer", "packed_integer", "number") else "dense")]
