@@ -53,7 +53,7 @@ def sparsity(tree: Params | Masks, *, where: Where = None) -> float | jax.Array:
 
     Args:
       tree: parameters (compressed leaves count as what they stand for) or masks.
-      where: which leaves of parameters count; by default floating leaves with two axes or more. Of
+      where: which leaves of parameters count; by default the weights (`jp.quantize_tree` says which). Of
         masks, all count but scalars, which stand for unpruned leaves.
 
     Returns:

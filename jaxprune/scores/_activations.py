@@ -18,7 +18,7 @@ def wanda(params: Params, stats: PyTree, *, where: Where = None) -> Scores:
     Args:
       params: any tree of arrays.
       stats: of `jp.calibrate` on the same tree.
-      where: which leaves are scored; by default floating leaves with two axes or more.
+      where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
       Tree like `params`: non-negative float32 scores in the weight's shape, or the scalar `+inf`, also
@@ -54,7 +54,7 @@ def gram_diagonal(params: Params, stats: PyTree, *, where: Where = None) -> Scor
     Args:
       params: any tree of arrays.
       stats: of `jp.calibrate` on the same tree.
-      where: which leaves; by default floating leaves with two axes or more.
+      where: which leaves; by default the weights, see `jp.quantize_tree`.
 
     Returns:
       Tree like `params`: non-negative float32 that broadcast against the weights, or the scalar `+inf`,

@@ -18,7 +18,7 @@ def taylor(params: Params, grads: PyTree, *, where: Where = None) -> Scores:
     Args:
       params: any tree of arrays.
       grads: gradients of the loss, a tree like `params`.
-      where: which leaves are scored; by default floating leaves with two axes or more.
+      where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
       Tree like `params`: non-negative scores in the weight's shape, or the scalar `+inf`.
@@ -45,7 +45,7 @@ def movement(params: Params, grads: PyTree, *, where: Where = None) -> Scores:
     Args:
       params: any tree of arrays.
       grads: gradients of the loss, a tree like `params`.
-      where: which leaves are scored; by default floating leaves with two axes or more.
+      where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
       Tree like `params`: scores of either sign in the weight's shape, or the scalar `+inf`.
@@ -70,7 +70,7 @@ def fisher(params: Params, sq_grads: PyTree, *, where: Where = None) -> Scores:
       params: any tree of arrays.
       sq_grads: mean over *examples* of squared per-example gradients, a tree like `params`; entries
         are non-negative.
-      where: which leaves are scored; by default floating leaves with two axes or more.
+      where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
       Tree like `params`: non-negative scores in the weight's shape, or the scalar `+inf`.

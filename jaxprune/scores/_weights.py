@@ -13,7 +13,7 @@ def magnitude(params: Params, *, where: Where = None) -> Scores:
 
     Args:
       params: any tree of arrays; compressed leaves score as what they stand for.
-      where: which leaves are scored; by default floating leaves with two axes or more.
+      where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
       Tree like `params`: non-negative scores in the weight's shape and dtype, or the scalar `+inf`.
@@ -42,7 +42,7 @@ def random(params: Params, key: jax.Array, *, where: Where = None) -> Scores:
     Args:
       params: any tree of arrays.
       key: a PRNG key; each leaf draws from a key of its own.
-      where: which leaves are scored; by default floating leaves with two axes or more.
+      where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
       Tree like `params`: float32 scores in the weight's shape, or the scalar `+inf`.
@@ -74,7 +74,7 @@ def lamp(params: Params, *, where: Where = None) -> Scores:
 
     Args:
       params: any tree of arrays.
-      where: which leaves are scored; by default floating leaves with two axes or more.
+      where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
       Tree like `params`: float32 scores in [0, 1] in the weight's shape, or the scalar `+inf`.

@@ -54,7 +54,7 @@ def similarities(
         axis; `"cka"`, linear CKA of what both make of the same inputs.
       stats: of `jp.calibrate` with `second_moment=True`, on the same tree; `"cka"` needs it.
       layers: stacks whose layers (entries of the leading axis) are compared with each other.
-      where: which other leaves; by default floating leaves with two axes or more.
+      where: which other leaves; by default the weights, see `jp.quantize_tree`.
 
     Returns:
       Pairs and values; `jp.share.similarity_table` shows them.

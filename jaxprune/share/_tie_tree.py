@@ -43,7 +43,7 @@ def tie_tree(
       scale: give each tied weight a scale of its own, the best; opposite weights then count as alike.
       rank: give each tied leaf what it lacks as a product of this rank (not layers of stacks).
       layers: stacks whose layers (entries of the leading axis) are joined with each other.
-      where: which other leaves; by default floating leaves with two axes or more.
+      where: which other leaves; by default the weights, see `jp.quantize_tree`.
 
     Returns:
       The tree with `TiedArray` leaves in the places of tied ones (`TiedLayers` for stacks), which
