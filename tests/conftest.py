@@ -18,12 +18,20 @@ from jaxtyping import install_import_hook
 # call are left as they are, so that their own error messages can be tested
 install_import_hook(
     [
+        "jaxprune._bits",
+        "jaxprune.distill._reduce",
+        "jaxprune.distill._softmax",
+        "jaxprune.gates._binary",
+        "jaxprune.gates._concrete",
+        "jaxprune.gates._costs",
         "jaxprune.masks._keys",
         "jaxprune.masks._search",
         "jaxprune.masks._select",
-        "jaxprune._bits",
+        "jaxprune.optim._clustered",
+        "jaxprune.optim._phased",
         "jaxprune.quantize._scale",
         "jaxprune.scores._weights",
+        "jaxprune.share._vectors",
     ],
     "beartype.beartype",
 )

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+from enum import Enum
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ FUNCTIONS = {name: f for name, f in PUBLIC.items() if inspect.isfunction(f)}
 # what needs no example: a command, and helpers of one line
 PLAIN = ("main", "human_bytes", "disk_bytes")
 # keyword-only does not suit these positional habits
-POSITIONAL = {"bits", "stats", "where"}
+POSITIONAL = {"bits", "scores", "stats", "where"}
 
 
 def test_all_is_sorted():
@@ -49,7 +50,9 @@ def test_documented(name):
     assert text, name
     short = name.rsplit(".", 1)[1]
     value = PUBLIC[name]
-    if inspect.isclass(value) and ("Attributes:" in text or getattr(value, "_is_protocol", False)):
+    if inspect.isclass(value) and (
+        "Attributes:" in text or getattr(value, "_is_protocol", False) or issubclass(value, Enum)
+    ):
         return  # data that functions return, and what functions ask for
     assert ">>>" in text or short in PLAIN, f"{name}: no example"
     if name in FUNCTIONS and len(inspect.signature(FUNCTIONS[name]).parameters) > 1:

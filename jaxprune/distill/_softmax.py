@@ -13,7 +13,7 @@ from jaxprune.distill._reduce import counted, only, same_classes, wide
 
 def ready(
     s: Any, t: Any, temperature: Any, axis: int, where: Any = None
-) -> tuple[Array, Array, Array, Any]:
+) -> tuple[Array, Array, Array | float, Any]:
     """Wide logits without what `where` leaves out, temperatures, and the mask in the values' shape.
 
     Raises:
@@ -32,7 +32,7 @@ def without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return tuple(n for i, n in enumerate(shape) if i != axis % len(shape))
 
 
-def temperatures(temperature: Any, shape: tuple[int, ...], keep: Any = None) -> Array:
+def temperatures(temperature: Any, shape: tuple[int, ...], keep: Any = None) -> Array | float:
     """A scalar, or one temperature for each example; 1 for those that do not count."""
     if jnp.ndim(temperature) == 0:
         _checks.positive("temperature", temperature)
@@ -108,7 +108,7 @@ def labelled(
     return jnp.clip(labels, 0, classes - 1), keep, jnp.where(wrong, jnp.nan, 0.0)
 
 
-def cross_entropy(s: Array, labels: Array, axis: int) -> Array:
+def cross_entropy(s: Array, labels: Any, axis: int) -> Array:
     """Per example, of integer labels."""
     picked = jnp.take_along_axis(jax.nn.log_softmax(s, axis), jnp.expand_dims(labels, axis), axis)
     return -jnp.squeeze(picked, axis)

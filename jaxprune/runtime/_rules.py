@@ -73,7 +73,19 @@ _RULES: dict[type, Callable[[Any], LeafRule]] = {}
 
 
 def register_leaf(cls: type, rule: LeafRule | Callable[[Any], LeafRule]) -> None:
-    """Says how a class of leaves is used; a callable gives the rule of one leaf."""
+    """Say how functions on compressed leaves use a class of them.
+
+    Args:
+      cls: a registered dataclass with `shape`, `dtype` and `materialize()`.
+      rule: its rule, or `leaf -> LeafRule`; what it leaves out is done on the dense leaf.
+
+    Returns:
+      Nothing: the last rule of a class counts.
+
+    Example:
+      >>> Constant = type("Constant", (), {})
+      >>> jp.runtime.register_leaf(Constant, jp.runtime.LeafRule())  # dense wherever it is used
+    """
     _RULES[cls] = (lambda _, rule=rule: rule) if isinstance(rule, LeafRule) else rule
 
 
