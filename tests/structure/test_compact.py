@@ -87,44 +87,6 @@ def test_gradients_agree(name):
         assert_close(a, b, 1e-3)
 
 
-def test_groups_of_a_transformer():
-    fn, params, x = build("transformer")
-    sizes = sorted(group.size for group in jp.trace(fn, params, x).groups)
-    # per block: 4 heads, 4 query-key dims, 4 value dims, 32 neurons; and the residual stream
-    assert sizes == [4] * 6 + [16, 32, 32]
-
-
-def test_resnet50_has_37_groups():
-    class Block(nn.Module):
-        n: int
-        stride: int = 1
-
-        @nn.compact
-        def __call__(self, x):
-            norm = lambda: nn.BatchNorm(use_running_average=True)
-            y = nn.relu(norm()(nn.Conv(self.n, (1, 1))(x)))
-            y = nn.relu(norm()(nn.Conv(self.n, (3, 3), (self.stride, self.stride))(y)))
-            y = norm()(nn.Conv(4 * self.n, (1, 1))(y))
-            if x.shape != y.shape:
-                x = norm()(nn.Conv(4 * self.n, (1, 1), (self.stride, self.stride))(x))
-            return nn.relu(x + y)
-
-    class ResNet50(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(64, (7, 7), (2, 2))(x)))
-            x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
-            for i, count in enumerate((3, 4, 6, 3)):
-                for j in range(count):
-                    x = Block(64 * 2**i, 2 if i and not j else 1)(x)
-            return nn.Dense(1000)(x.mean((1, 2)))
-
-    x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    params = jax.eval_shape(ResNet50().init, jax.random.key(0), x)
-    graph = jp.trace(ResNet50().apply, params, x)
-    assert len(graph.groups) == 37
-
-
 def test_train_mode_with_mutable_statistics():
     class Net(nn.Module):
         @nn.compact
@@ -283,18 +245,6 @@ def test_verify(monkeypatch):
         jp.compact(fn, params, masks, x, verify=True)
 
 
-def test_functions_that_cannot_be_traced():
-    def branching(p, x):
-        return x @ p["w"] if x.sum() > 0 else x
-
-    with pytest.raises(ValueError, match=r"test_compact.py:\d+ .*x.sum.*jax.lax.cond"):
-        jp.trace(branching, {"w": jnp.ones((2, 2))}, jnp.ones((1, 2)))
-    with pytest.raises(TypeError, match="missing a required argument: 'x'.*example inputs"):
-        jp.trace(branching, {"w": jnp.ones((2, 2))})
-    with pytest.raises(TypeError, match="example inputs"):
-        jp.compact(branching, {"w": jnp.ones((2, 2))}, {"w": jnp.array(True)})
-
-
 def test_arguments_that_are_no_arrays_keep_their_value():
     class Net(nn.Module):
         @nn.compact
@@ -317,18 +267,6 @@ def test_arguments_that_are_no_arrays_keep_their_value():
     assert_close(fn(masked, x, False), jp.compressed(fn)(masked, x, False))
     with pytest.raises(ValueError, match="cannot be traced"):
         jp.trace(fn, params, x, jnp.array(True))
-
-
-@pytest.mark.slow
-def test_every_axis_is_accounted_for():
-    for name in ZOO:
-        fn, params, x = build(name)
-        graph = jp.trace(fn, params, x)
-        named = {m for group in graph.groups for m in group.members} | {m for m, _ in graph.frozen}
-        for path, shape in zip(graph.paths, graph.shapes, strict=True):
-            assert all((path, axis) in named for axis in range(len(shape))), (name, path)
-        assert all(reason for _, reason in graph.frozen)
-        assert graph.table.row_count == len(graph.groups) + len(graph.frozen)
 
 
 def test_small_parameters_are_checked():
@@ -427,20 +365,3 @@ def test_bad_masks():
     nothing = jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
     with pytest.raises(ValueError, match="nothing of the inputs reaches"):
         jp.compact(fn, params, nothing, x)
-
-
-@pytest.mark.parametrize("name", ["mlp", "flatten_cnn", "residual", "depthwise"])
-def test_cost_agrees_with_xla(name):
-    fn, params, x = build(name)
-    analysis = jax.jit(fn).lower(params, x).cost_analysis()
-    assert jp.trace(fn, params, x).cost().flops == pytest.approx(analysis["flops"], rel=0.05)
-
-
-def test_cost_of_an_mlp():
-    params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
-    cost = jp.trace(lambda p, x: x @ p["a"] @ p["b"], params, normal(3, 4)).cost()
-    assert cost.macs == 3 * (4 * 8 + 8 * 2)
-    assert cost.flops == 2 * cost.macs
-    assert cost.param_bytes == 4 * 48
-    assert cost.activation_bytes == 4 * 3 * (8 + 2)
-    assert cost.table.row_count == 2
