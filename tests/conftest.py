@@ -25,7 +25,6 @@ install_import_hook(
         "jaxprune.masks._search",
         "jaxprune.masks._select",
         "jaxprune.optim._clustered",
-        "jaxprune.optim._phased",
         "jaxprune.quantize._scale",
         "jaxprune.scores._weights",
         "jaxprune.share._vectors",
