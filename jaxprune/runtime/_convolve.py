@@ -27,8 +27,8 @@ from jaxprune.runtime._activations import (
     with_known_scale,
 )
 from jaxprune.runtime._barrier import barrier
+from jaxprune.runtime._derivatives import differentiated
 from jaxprune.runtime._integers import LONGEST
-from jaxprune.runtime._lowerings import differentiated
 from jaxprune.runtime._rules import has_rule, rule_of
 
 _CHANNELS = 16  # integer convolutions of fewer channels are slower than float ones

@@ -34,7 +34,16 @@ from jaxprune.runtime._activations import (
 from jaxprune.runtime._barrier import barrier
 from jaxprune.runtime._blocked import blocked_product
 from jaxprune.runtime._decoders import Block
+from jaxprune.runtime._derivatives import differentiated
 from jaxprune.runtime._integers import LONGEST
+from jaxprune.runtime._operands import (
+    added,
+    beside,
+    contracted,
+    over_free,
+    sum_of_parts,
+    times_inner,
+)
 from jaxprune.runtime._rules import INTEGERS, Kind, has_rule, rule_of
 
 _FEW = 2  # integer products of fewer rows run slower than of these
@@ -63,9 +72,9 @@ class Lowering(NamedTuple):
 def _split(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """Activations as the sum of two int8 parts, 15 bits and a sign: two integer products in one."""
     inner, _ = _factors(w, layout)
-    axes = _contracted(x, layout)
+    axes = contracted(x, layout)
     x = rounded(x, axes, how)
-    scaled = _times_inner(x, inner, layout)
+    scaled = times_inner(x, inner, layout)
     fast = lambda: (_integer_product(int8_split(scaled, axes, 2), w, layout), jnp.array(True))
     return _guarded(scaled, axes, fast, lambda: _blocked(x, w, layout, None))
 
@@ -97,13 +106,13 @@ def _guarded(
 def _integer(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """Activations in 8 bits, by their known scale or one scale for each row, and an integer product."""
     inner, _ = _factors(w, layout)
-    axes = _contracted(x, layout)
+    axes = contracted(x, layout)
     if isinstance(how, InputScale):
         assert inner is None, "a known scale does not factor out"
         fast = lambda: _integer_product(with_known_scale(x, how), w, layout)
     else:
         fast = lambda: _integer_product(
-            int8_split(_times_inner(x, inner, layout), axes, 1), w, layout
+            int8_split(times_inner(x, inner, layout), axes, 1), w, layout
         )
     is_finite = all_mapped(jnp.isfinite(jnp.sum(0.0 * x)))
     return jax.lax.cond(is_finite, fast, lambda: _blocked(x, w, layout, how))
@@ -115,34 +124,34 @@ def _integer_product(split: Int8Split, w: Any, layout: Layout) -> Array:
     rows = len(layout.batch)
     multiply = lambda xs, part, _: [layout.of(part.codes).dot(x, part.codes, jnp.int32) for x in xs]
     codes = [_padded(x, rows + 1) for x in split.codes]
-    y = _added(blocked_product(codes, w, None, layout, multiply), len(layout.batch), layout.rows)
+    y = added(blocked_product(codes, w, None, layout, multiply), len(layout.batch), layout.rows)
     if split.zero is not None:
         ones = jnp.ones((1, *shape[:rows], _FEW, *shape[rows + 1 :]), jnp.int8)
-        sums = _added(blocked_product([ones], w, None, layout, multiply), len(layout.batch), 1)
+        sums = added(blocked_product([ones], w, None, layout, multiply), len(layout.batch), 1)
         y = y - sums * split.zero
     zero = rule_of(w).zero_point(w)
     if zero is not None:
         y = y - _offset(_value(split), zero, layout)
-    y = y * _over_free(split.scale, layout)
-    return y if outer is None else y * _beside(outer, layout)
+    y = y * over_free(split.scale, layout)
+    return y if outer is None else y * beside(outer, layout)
 
 
 def _converted(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """Codes converted to floats, a float product, and scales applied to its result."""
     inner, outer = _factors(w, layout)
-    x = rounded(x, _contracted(x, layout), how)
-    x = _times_inner(x, inner, layout)
+    x = rounded(x, contracted(x, layout), how)
+    x = times_inner(x, inner, layout)
     kind = jnp.promote_types(x.dtype, jnp.bfloat16)
     multiply = lambda xs, part, _: [
         layout.of(part.codes).dot(x.astype(kind), _numbers(part).astype(kind), jnp.float32)
         for x in xs
     ]
     y = blocked_product([x[None]], w, None, layout, multiply, block=None)
-    y = _added(y, len(layout.batch), layout.rows)
+    y = added(y, len(layout.batch), layout.rows)
     zero = rule_of(w).zero_point(w)
     if zero is not None:
         y = y - _offset(x.astype(jnp.float32), zero, layout)
-    return y if outer is None else y * _beside(outer, layout)
+    return y if outer is None else y * beside(outer, layout)
 
 
 def _numbers(part: Block) -> Array:
@@ -154,20 +163,20 @@ def _numbers(part: Block) -> Array:
 def _float8(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """Both operands in float8, for hardware that multiplies them."""
     _, outer = _factors(w, layout)
-    axes = _contracted(x, layout)
+    axes = contracted(x, layout)
     scale = row_scale(x, axes, float(jnp.finfo(jnp.float8_e4m3fn).max))
     codes = (x / scale).astype(jnp.float8_e4m3fn)
     multiply = lambda xs, part, _: [
         layout.of(part.codes).dot(x, _numbers(part), jnp.float32) for x in xs
     ]
     y = blocked_product([codes[None]], w, None, layout, multiply, block=None)
-    y = _added(y, len(layout.batch), layout.rows) * _over_free(scale, layout)
-    return y if outer is None else y * _beside(outer, layout)
+    y = added(y, len(layout.batch), layout.rows) * over_free(scale, layout)
+    return y if outer is None else y * beside(outer, layout)
 
 
 def _groups(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """Integer products group by group of one scale, activations in two int8 parts, added as floats."""
-    axes = _contracted(x, layout)
+    axes = contracted(x, layout)
     x = rounded(x, axes, how)
 
     def product(x: Array, part: Levels) -> Array:
@@ -183,14 +192,14 @@ def _groups(x: Array, w: Any, layout: Layout, how: How) -> Array:
         codes = [_padded(x, 1) for x in split.codes]
         block = w.size // w.scale.shape[0]
         y = blocked_product(codes, w, None, layout, multiply, block=block)
-        return _added(y, 0, layout.rows) * _over_free(split.scale, layout), jnp.array(True)
+        return added(y, 0, layout.rows) * over_free(split.scale, layout), jnp.array(True)
 
     return _guarded(x, axes, fast, lambda: _blocked(x, w, layout, None))
 
 
 def _blocked(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """Block by block made dense, in a processor's cache, and a float product."""
-    x = rounded(x, _contracted(x, layout), how)
+    x = rounded(x, contracted(x, layout), how)
     rule = rule_of(w)
     factors = rule.factored_scales(w, layout)
     if isinstance(factors, str) or rule.zero_point(w) is not None:
@@ -199,17 +208,17 @@ def _blocked(x: Array, w: Any, layout: Layout, how: How) -> Array:
         inner, outer = factors
         of = lambda part: part.unscaled()
     multiply = lambda xs, part, _: [layout.of(part.codes).dot(x, of(part), jnp.float32) for x in xs]
-    x = _times_inner(x, inner, layout)
+    x = times_inner(x, inner, layout)
     y = blocked_product([x[None]], w, None, layout, multiply)
-    y = _added(y, len(layout.batch), layout.rows)
-    return y if outer is None else y * _beside(outer, layout)
+    y = added(y, len(layout.batch), layout.rows)
+    return y if outer is None else y * beside(outer, layout)
 
 
 def _blocked_split(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """Block by block made dense and split into two int8 parts, and four integer products with the
     activations in two: the precision of floats to about 4 digits at the speed of integer products.
     """
-    axes = _contracted(x, layout)
+    axes = contracted(x, layout)
     x = rounded(x, axes, how)
     fast = lambda: _both_split(x, w, layout)
     return _guarded(x, axes, fast, lambda: _blocked(x, w, layout, None), _PEAK)
@@ -217,7 +226,7 @@ def _blocked_split(x: Array, w: Any, layout: Layout, how: How) -> Array:
 
 def _both_split(x: Array, w: Any, layout: Layout) -> tuple[Array, Array]:
     """The product, and whether two int8 parts resolve the weights."""
-    split = int8_split(x, _contracted(x, layout), 2)
+    split = int8_split(x, contracted(x, layout), 2)
     rule, at = rule_of(w), len(layout.batch)
     bound = rule.bound(w, layout.contract)
     unit = jnp.where(bound == 0, 1.0, bound)
@@ -231,9 +240,9 @@ def _both_split(x: Array, w: Any, layout: Layout) -> tuple[Array, Array]:
         return [*found, _sampled(high, low, inner)]
 
     *ys, seen = blocked_product(split.codes, w, extra, layout, multiply)
-    y = _added(ys, at, layout.rows) * _over_free(split.scale, layout)
+    y = added(ys, at, layout.rows) * over_free(split.scale, layout)
     fine = jnp.array(True) if extra is None else _weights_resolved(seen, bound, layout)
-    return y * _beside(unit / TOP, layout), fine
+    return y * beside(unit / TOP, layout), fine
 
 
 def _hi_lo_product(inner: Layout, x: Array, high: Array, low: Array, at: int) -> Array:
@@ -259,16 +268,16 @@ def _weights_resolved(seen: Array, bound: Array, layout: Layout) -> Array:
     """Whether the largest bound of a column is below what is typical of all of them."""
     at = len(layout.batch)
     above, count = jnp.moveaxis(jnp.squeeze(seen, at), at, 0)
-    bound = jnp.broadcast_to(jnp.squeeze(_beside(bound, layout), at), above.shape)
+    bound = jnp.broadcast_to(jnp.squeeze(beside(bound, layout), at), above.shape)
     typical = bound * jnp.where(count > 0, 1.0 + above / (LEAST * jnp.maximum(count, 1.0)), 0.0)
     return jnp.max(bound, initial=0.0) <= jnp.sqrt(jnp.mean(jnp.square(typical)))
 
 
 def _dense(x: Array, w: Any, layout: Layout, how: How) -> Array:
     """The whole array made dense: what the other ways compute, and what their derivatives are."""
-    x = rounded(x, _contracted(x, layout), how)
+    x = rounded(x, contracted(x, layout), how)
     y = layout.dot(x[None], w.materialize().astype(jnp.float32), jnp.float32)
-    return _added([y], len(layout.batch), layout.rows)
+    return added([y], len(layout.batch), layout.rows)
 
 
 def _kind(w: Any, layout: Layout) -> Kind:
@@ -343,86 +352,23 @@ def run(name: str, x: Any, w: Any, layout: Layout, how: How) -> jax.Array:
     return differentiated(compute, reference)(x, w, how)
 
 
-def differentiated(
-    compute: Callable[..., jax.Array], reference: Callable[..., jax.Array]
-) -> Callable[..., jax.Array]:
-    """`compute`, with the derivative of `reference`; what does not move costs nothing."""
-
-    @jax.custom_jvp
-    def function(*args: Any) -> jax.Array:
-        return compute(*args)
-
-    def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-        y = function(*primals)
-        leaves, tree = jax.tree.flatten(primals)
-        directions = jax.tree.leaves(tangents, is_leaf=_is_zero)
-        moved = [
-            i for i, t in enumerate(directions) if not _is_zero(t) and t.dtype != jax.dtypes.float0
-        ]
-        if not moved:
-            return y, jnp.zeros_like(y)
-
-        def of_moved(*some: Any) -> jax.Array:
-            full = list(leaves)
-            for i, value in zip(moved, some, strict=True):
-                full[i] = value
-            return reference(*jax.tree.unflatten(tree, full))
-
-        at, along = ([values[i] for i in moved] for values in (leaves, directions))
-        return y, jax.jvp(of_moved, at, along)[1]
-
-    function.defjvp(derivative, symbolic_zeros=True)
-    return function
-
-
-def _is_zero(x: Any) -> bool:
-    return isinstance(x, jax.custom_derivatives.SymbolicZero)
-
-
 def _factors(w: Any, layout: Layout) -> tuple[Array | None, Array | None]:
     found = rule_of(w).factored_scales(w, layout)
     assert not isinstance(found, str), found
     return found
 
 
-def _contracted(x: Array, layout: Layout) -> tuple[int, ...]:
-    return tuple(range(x.ndim - len(layout.contract), x.ndim))
-
-
-def _beside(scale: Array, layout: Layout) -> Array:
-    """A scale of some free and batch axes, as stored, beside (batch…, rows, free…)."""
-    kept = (*layout.batch, *layout.free)
-    scale = jnp.transpose(scale, (*kept, *layout.contract))
-    return jnp.expand_dims(scale.reshape(scale.shape[: len(kept)]), len(layout.batch))
-
-
-def _over_free(scale: Array, layout: Layout) -> Array:
-    """A scale of each row, (batch…, rows, 1…), or of all, beside (batch…, rows, free…)."""
-    if scale.ndim == 0:
-        return scale
-    return scale.reshape(*scale.shape[: len(layout.batch) + 1], *(1 for _ in layout.free))
-
-
-def _times_inner(x: Array, scale: Array | None, layout: Layout) -> Array:
-    """`x` times a scale of some contracted axes, as stored."""
-    if scale is None:
-        return x
-    kept = len(layout.batch) + len(layout.free)
-    scale = jnp.transpose(scale, (*layout.batch, *layout.free, *layout.contract))
-    return x * scale.reshape(scale.shape[kept:])
-
-
 def _offset(x: Array, zero: Array, layout: Layout) -> Array:
     """What zero points of contracted or of other axes add to each result."""
-    axes = _contracted(x, layout)
+    axes = contracted(x, layout)
     if all(zero.shape[i] == 1 for i in layout.contract):
-        return _over_free(jnp.sum(x, axes, keepdims=True), layout) * _beside(zero, layout)
-    return _over_free(jnp.sum(_times_inner(x, zero, layout), axes, keepdims=True), layout)
+        return over_free(jnp.sum(x, axes, keepdims=True), layout) * beside(zero, layout)
+    return over_free(jnp.sum(times_inner(x, zero, layout), axes, keepdims=True), layout)
 
 
 def _value(split: Int8Split) -> Array:
     """Activations in units of their scale."""
-    found = _sum_of_parts(split.codes, 0)[0]
+    found = sum_of_parts(split.codes, 0)[0]
     return found if split.zero is None else found - split.zero
 
 
@@ -431,19 +377,3 @@ def _padded(codes: Array, axis: int) -> Array:
     rows, wanted = codes.shape[axis], -(-_FEW // len(codes))
     missing = max(wanted - rows, 0) if is_few(rows, wanted) else 0
     return jnp.pad(codes, [(0, missing if i == axis else 0) for i in range(codes.ndim)])
-
-
-def _sum_of_parts(ys: list[Array], axis: int) -> Array:
-    """The high part, and the low one in its smaller unit; the axis of parts stays."""
-    parts = [
-        jax.lax.slice_in_dim(y, i, i + 1, axis=axis).astype(jnp.float32)
-        for y in ys
-        for i in range(y.shape[axis])
-    ]
-    return parts[0] + parts[1] / STEPS if len(parts) > 1 else parts[0]
-
-
-def _added(ys: list[Array], n_batch: int, rows: int) -> Array:
-    """Parts added, and padding cut: (batch…, parts, rows, free…) to (batch…, rows, free…)."""
-    ys = [jax.lax.slice_in_dim(y, 0, rows, axis=n_batch + 1) for y in ys]
-    return jax.lax.squeeze(_sum_of_parts(ys, n_batch), (n_batch,))
