@@ -58,7 +58,7 @@ KINDS = {
     "nf4": lambda w: jp.quantize_tree({"w": w}, dtype="nf4"),
     "float8": lambda w: jp.quantize_tree({"w": w}, dtype="float8_e4m3fn"),
     "clusters": lambda w: jp.cluster_tree({"w": w}, bits=3),
-    "vectors": lambda w: jp.cluster_tree({"w": w}, bits=3, dim=2),
+    "vectors": lambda w: jp.cluster_tree({"w": w}, bits=3, vector_size=2),
     "integer codebook": lambda w: jp.quantize_tree(jp.cluster_tree({"w": w}, bits=4)),
     "factors": lambda w: jp.factorize_tree({"w": w}, rank=3),
     "int8 factors": lambda w: jp.quantize_tree(jp.factorize_tree({"w": w}, rank=3)),

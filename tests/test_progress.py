@@ -12,5 +12,7 @@ def test_items_pass_and_the_switch_is_heard(switch, monkeypatch, capsys):
     else:
         monkeypatch.setenv("JAXPRUNE_PROGRESS", switch)
         monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, as far as rich can tell
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "80")
     assert list(track(range(3), "count")) == [0, 1, 2]
     assert ("count" in capsys.readouterr().out) == (switch == "1")

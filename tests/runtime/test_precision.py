@@ -25,9 +25,11 @@ KINDS = {
     "nf4": lambda p: jp.quantize_tree(p, dtype="nf4"),
     "nf4 groups": lambda p: jp.quantize_tree(p, dtype="nf4", group_size=64),
     "float8": lambda p: jp.quantize_tree(p, dtype="float8_e4m3fn"),
-    "clusters": lambda p: jp.cluster_tree(p, bits=4, zero=False),
-    "many clusters": lambda p: jp.cluster_tree(p, bits=7, zero=False),
-    "integer codebook": lambda p: jp.quantize_tree(jp.cluster_tree(p, bits=4, zero=False)),
+    "clusters": lambda p: jp.cluster_tree(p, bits=4, preserve_zeros=False),
+    "many clusters": lambda p: jp.cluster_tree(p, bits=7, preserve_zeros=False),
+    "integer codebook": lambda p: jp.quantize_tree(
+        jp.cluster_tree(p, bits=4, preserve_zeros=False)
+    ),
     "2:4": pruned,
 }
 R = np.random.default_rng(0)

@@ -205,7 +205,7 @@ def test_bad_weights():
         jp.cluster_tree({"a": {"w": jnp.full((4, 8), jnp.nan)}}, bits=1)
 
 
-@pytest.mark.parametrize("way", [{}, {"granularity": "channel"}, {"zero": True}])
+@pytest.mark.parametrize("way", [{}, {"granularity": "channel"}, {"preserve_zeros": True}])
 def test_fewer_values_than_clusters_are_stored_exactly(way):
     w = jnp.tile(jnp.arange(1.0, 4.0), (5, 2))
     params = {"w": w, "zeros": jnp.zeros((4, 8)), "ones": jnp.ones((4, 8)), "some": normal(32, 16)}
