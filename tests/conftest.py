@@ -1,5 +1,6 @@
 """Eight simulated devices, checked shapes, quick compilation, and a cache of it that outlives the run."""
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -67,10 +68,8 @@ def _bounded_memory():
 
 def _trim():
     """Hands freed memory back, which the allocator of glibc would keep in pieces."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
 
 
 @pytest.fixture
