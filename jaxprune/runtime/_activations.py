@@ -21,6 +21,9 @@ LEAST = (
     5.0  # of magnitudes whose largest is 127, clipped so that a few do not make up for all others
 )
 CLIP = 16.0
+LEAST_REACH = (
+    0.3  # rms of results over what activations and weights let expect, 1 where they are independent
+)
 LEAST_RESULTS = 2.0  # as large as the largest: one alone may be small by chance, and its error not
 MOST_SPREAD = 52.0  # largest over rms, of a row of activations times that of all results
 # errors are about 9e-6 of the latter, so below 5e-4 of the rms of results
@@ -90,6 +93,17 @@ def is_even(y: Float[Array, "..."], peak: Array) -> Array:
     top, squares = jnp.square(jnp.max(jnp.abs(y), initial=0.0)), jnp.sum(jnp.square(y))
     several = squares >= LEAST_RESULTS * top
     return several & (jnp.square(peak) * y.size * top <= MOST_SPREAD**2 * squares)
+
+
+def reaches(y: Float[Array, "..."], x: Float[Array, "..."], expected: Array) -> Array:
+    """Whether results are as large as independent activations and weights let expect. Else what is large
+    among the activations meets weights of zeros, or cancels, and the rounding of all would show.
+
+    Args:
+      y, x: results and activations.
+      expected: sum over columns of the mean square of their weights.
+    """
+    return jnp.sum(jnp.square(y)) >= LEAST_REACH**2 * expected * jnp.sum(jnp.square(x))
 
 
 @jax.custom_batching.custom_vmap

@@ -6,7 +6,8 @@ square of the results; where `x` or the weights hold outliers that make that imp
 are not finite, the product is one of floats, decided as it runs.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from jaxprune.runtime._activations import (
     int8_split,
     is_even,
     is_resolved,
+    reaches,
     rounded,
     row_scale,
     with_known_scale,
@@ -75,7 +77,11 @@ def _split(x: Array, w: Any, layout: Layout, how: How) -> Array:
     axes = contracted(x, layout)
     x = rounded(x, axes, how)
     scaled = times_inner(x, inner, layout)
-    fast = lambda: (_integer_product(int8_split(scaled, axes, 2), w, layout), jnp.array(True))
+
+    def fast() -> tuple[Array, Array]:
+        y, seen = _in_codes(int8_split(scaled, axes, 2), w, layout)
+        return _scaled(y, w, layout), reaches(y, scaled, _squares(seen, layout))
+
     return _guarded(scaled, axes, fast, lambda: _blocked(x, w, layout, None))
 
 
@@ -119,21 +125,36 @@ def _integer(x: Array, w: Any, layout: Layout, how: How) -> Array:
 
 
 def _integer_product(split: Int8Split, w: Any, layout: Layout) -> Array:
+    return _scaled(_in_codes(split, w, layout)[0], w, layout)
+
+
+def _scaled(y: Array, w: Any, layout: Layout) -> Array:
+    """Results times the scales of output channels."""
     _, outer = _factors(w, layout)
+    return y if outer is None else y * beside(outer, layout)
+
+
+def _in_codes(split: Int8Split, w: Any, layout: Layout) -> tuple[Array, Array]:
+    """An integer product in units of codes of the weights, and some squares of those, see `_sampled`."""
     shape = split.codes[0].shape[1:]
-    rows = len(layout.batch)
-    multiply = lambda xs, part, _: [layout.of(part.codes).dot(x, part.codes, jnp.int32) for x in xs]
-    codes = [_padded(x, rows + 1) for x in split.codes]
-    y = added(blocked_product(codes, w, None, layout, multiply), len(layout.batch), layout.rows)
+    at = len(layout.batch)
+
+    def multiply(xs: list[Array], part: Block, _: Any) -> list[Array]:
+        inner = layout.of(part.codes)
+        found = [inner.dot(x, part.codes, jnp.int32) for x in xs]
+        return [*found, _sampled([part.codes], inner, jnp.square)]
+
+    codes = [_padded(x, at + 1) for x in split.codes]
+    *ys, seen = blocked_product(codes, w, None, layout, multiply)
+    y = added(ys, at, layout.rows)
     if split.zero is not None:
-        ones = jnp.ones((1, *shape[:rows], _FEW, *shape[rows + 1 :]), jnp.int8)
-        sums = added(blocked_product([ones], w, None, layout, multiply), len(layout.batch), 1)
+        ones = jnp.ones((1, *shape[:at], _FEW, *shape[at + 1 :]), jnp.int8)
+        sums = added(blocked_product([ones], w, None, layout, multiply)[:-1], at, 1)
         y = y - sums * split.zero
     zero = rule_of(w).zero_point(w)
     if zero is not None:
         y = y - _offset(_value(split), zero, layout)
-    y = y * over_free(split.scale, layout)
-    return y if outer is None else y * beside(outer, layout)
+    return y * over_free(split.scale, layout), seen
 
 
 def _converted(x: Array, w: Any, layout: Layout, how: How) -> Array:
@@ -188,11 +209,18 @@ def _groups(x: Array, w: Any, layout: Layout, how: How) -> Array:
 
     def fast() -> tuple[Array, Array]:
         split = int8_split(x, axes, 2)
-        multiply = lambda xs, part, _: [product(x, part.levels) for x in xs]
+
+        def multiply(xs: list[Array], part: Any, _: Any) -> list[Array]:
+            scale = part.levels.scale.astype(jnp.float32)
+            squares = lambda codes: jnp.square(codes * scale)
+            seen = _sampled([part.codes], layout.of(part.codes), squares)
+            return [*(product(x, part.levels) for x in xs), seen]
+
         codes = [_padded(x, 1) for x in split.codes]
         block = w.size // w.scale.shape[0]
-        y = blocked_product(codes, w, None, layout, multiply, block=block)
-        return added(y, 0, layout.rows) * over_free(split.scale, layout), jnp.array(True)
+        *ys, seen = blocked_product(codes, w, None, layout, multiply, block=block)
+        y = added(ys, 0, layout.rows) * over_free(split.scale, layout)
+        return y, reaches(y, x, _squares(seen, layout))
 
     return _guarded(x, axes, fast, lambda: _blocked(x, w, layout, None))
 
@@ -237,11 +265,14 @@ def _both_split(x: Array, w: Any, layout: Layout) -> tuple[Array, Array]:
         high, low = part.split(unit)
         inner = layout.of(part.codes)
         found = [_hi_lo_product(inner, x, high, low, at) for x in xs]
-        return [*found, _sampled(high, low, inner)]
+        seen = [_sampled([high, low], inner, f) for f in (lambda x: excess(jnp.abs(x)), jnp.square)]
+        return [*found, *seen]
 
-    *ys, seen = blocked_product(split.codes, w, extra, layout, multiply)
+    *ys, above, seen = blocked_product(split.codes, w, extra, layout, multiply)
     y = added(ys, at, layout.rows) * over_free(split.scale, layout)
-    fine = jnp.array(True) if extra is None else _weights_resolved(seen, bound, layout)
+    fine = reaches(y, x, _squares(seen, layout))
+    if extra is not None:
+        fine &= _weights_resolved(above, bound, layout)
     return y * beside(unit / TOP, layout), fine
 
 
@@ -251,23 +282,33 @@ def _hi_lo_product(inner: Layout, x: Array, high: Array, low: Array, at: int) ->
     return whole + inner.dot(x, low, jnp.int32).astype(jnp.float32) / STEPS
 
 
-def _sampled(high: Array, low: Array, inner: Layout) -> Array:
-    """How far some entries of each column are resolved, and how many they are: (batch…, 1, 2, free…)."""
+def _sampled(codes: Sequence[Array], inner: Layout, of: Callable[[Array], Array]) -> Array:
+    """Some codes of each column, high and low parts: the sum of something over them, how many are not 0,
+    and how many they are: (batch…, 1, 3, free…).
+    """
     axis = max(inner.contract, key=lambda i: inner.shape[i])
-    step = max(high.shape[axis] // _SEEN, 1)
-    some = lambda y: jax.lax.slice_in_dim(y, 0, None, step, axis).astype(jnp.float32)
-    ratio = jnp.abs(some(high) + some(low) / STEPS)
-    sums = [jnp.sum(y, inner.contract) for y in (excess(ratio), (ratio != 0).astype(jnp.float32))]
-    kept = [i for i in range(high.ndim) if i not in inner.contract]
+    step = max(codes[0].shape[axis] // _SEEN, 1)
+    parts = [jax.lax.slice_in_dim(y, 0, None, step, axis).astype(jnp.float32) for y in codes]
+    some = parts[0] if len(parts) == 1 else parts[0] + parts[1] / STEPS
+    sums = [jnp.sum(y, inner.contract) for y in (of(some), some != 0, jnp.ones_like(some))]
+    kept = [i for i in range(some.ndim) if i not in inner.contract]
     order = [kept.index(i) for i in (*inner.batch, *inner.free)]
     at = len(inner.batch)
-    return jnp.expand_dims(jnp.stack([jnp.transpose(y, order) for y in sums], at), at)
+    found = [jnp.transpose(y.astype(jnp.float32), order) for y in sums]
+    return jnp.expand_dims(jnp.stack(found, at), at)
+
+
+def _squares(seen: Array, layout: Layout) -> Array:
+    """The mean square of each column's codes, summed over columns, on average over batch axes."""
+    at = len(layout.batch)
+    squares, _, count = jnp.moveaxis(jnp.squeeze(seen, at), at, 0)
+    return jnp.sum(squares / jnp.maximum(count, 1.0)) / math.prod(squares.shape[:at])
 
 
 def _weights_resolved(seen: Array, bound: Array, layout: Layout) -> Array:
     """Whether the largest bound of a column is below what is typical of all of them."""
     at = len(layout.batch)
-    above, count = jnp.moveaxis(jnp.squeeze(seen, at), at, 0)
+    above, count, _ = jnp.moveaxis(jnp.squeeze(seen, at), at, 0)
     bound = jnp.broadcast_to(jnp.squeeze(beside(bound, layout), at), above.shape)
     typical = bound * jnp.where(count > 0, 1.0 + above / (LEAST * jnp.maximum(count, 1.0)), 0.0)
     return jnp.max(bound, initial=0.0) <= jnp.sqrt(jnp.mean(jnp.square(typical)))

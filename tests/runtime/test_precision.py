@@ -149,3 +149,26 @@ def test_float64_is_as_precise_as_it_says():
         wanted = np.asarray(x) @ np.asarray(tree["w"].materialize())
         np.testing.assert_allclose(run(tree, x), wanted, rtol=1e-12, atol=1e-12)
         assert "float64" in run.choices[0].why
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "nf4", "groups", "asymmetric", "out, in"])
+def test_large_activations_that_meet_zeros_do_not_drown_the_others(name):
+    """Half of the features are a thousand times larger, and no weight reads them."""
+    kinds = {
+        "int8": {"bits": 8},
+        "int4": {"bits": 4},
+        "nf4": {"dtype": "nf4"},
+        "groups": {"bits": 8, "group_size": 64},
+        "asymmetric": {"bits": 8, "symmetric": False},
+        "out, in": {"bits": 8, "channel_axis": -2},
+    }
+    rng = np.random.default_rng(3)
+    w = rng.normal(size=(128, 48)).astype(np.float32)
+    w[:64] = 0
+    tree = jp.quantize_tree({"w": jnp.asarray(w)}, **kinds[name])
+    for rows in (1, 40):
+        x = rng.normal(size=(rows, 128)).astype(np.float32)
+        x[:, :64] *= 1e3
+        wanted = x.astype(np.float64) @ np.asarray(tree["w"].materialize(), np.float64)
+        got = jp.compressed(lambda p, x: x @ p["w"])(tree, jnp.asarray(x))
+        assert np.abs(got - wanted).max() <= 5e-4 * np.sqrt(np.mean(wanted**2))
