@@ -8,6 +8,7 @@ for a linen dict and for an `nnx.State`. Compressed leaves count as leaves.
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,7 +125,7 @@ def uses_of(tree: PyTree, uses: Any = None) -> list[Uses]:
         getattr(uses, "uses", uses), is_leaf=lambda x: isinstance(getattr(x, "uses", x), Uses)
     )
     found = {path_str(path): getattr(leaf, "uses", leaf) for path, leaf in items}
-    if not all(isinstance(use, Uses) for use in found.values()) or not found:
+    if not all(isinstance(use, Uses) for use in found.values()) or (paths and not found):
         raise TypeError(
             "uses: expected jp.uses(fn, params, *args), a graph of jp.trace or statistics of "
             f"jp.calibrate, got {type(uses).__name__}"
@@ -135,7 +136,45 @@ def uses_of(tree: PyTree, uses: Any = None) -> list[Uses]:
             f"uses: of another tree than params ({odd[:3]} differ); make them anew: "
             "jp.uses(fn, params, *args)"
         )
+    for path, leaf in zip(paths, leaves, strict=True):
+        if rank(leaf) and found[path].ndim not in (
+            None,
+            rank(leaf),
+        ):  # scores of no weights are scalars
+            raise ValueError(
+                f"uses: of another tree than params (leaf {path!r} has {rank(leaf)} axes, its uses "
+                f"{found[path].ndim}); make them anew: jp.uses(fn, params, *args)"
+            )
     return [found[path] for path in paths]
+
+
+def tell_ambiguous(paths: Sequence[str], leaves: Sequence[Any], who: str) -> None:
+    """Warns of leaves whose axes could have other roles than conventions say."""
+    shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+    odd = [
+        f"{path!r} {shape}"
+        for path, shape, known in zip(paths, shapes, conventions(paths, shapes), strict=True)
+        if not known.is_sure
+    ]
+    if odd:
+        warnings.warn(
+            f"{who}: {len(odd)} leaves of three axes and more are read as stacks along their first axis, "
+            f"such as {odd[0]}; pass uses=jp.uses(fn, params, *inputs) for the axes that functions read",
+            stacklevel=4,
+        )
+
+
+def tell_contradictions(tree: PyTree, uses: Any, chosen: list[bool]) -> None:
+    """Warns of chosen leaves whose uses contradict each other."""
+    if uses is None:
+        return
+    odd = [
+        f"of {path!r}, {use.contradiction}"
+        for path, use, hit in zip(leaf_paths(tree), uses_of(tree, uses), chosen, strict=True)
+        if hit and use.contradiction
+    ]
+    if odd:
+        warnings.warn(f"uses: {'; '.join(odd[:3])}; the first use decides", stacklevel=4)
 
 
 def select(tree: PyTree, where: Where = None, *, uses: Any = None) -> list[bool]:

@@ -36,6 +36,7 @@ class Uses:
       stacked, contracted, free, spatial: axes counted from the end, ascending. An axis of size 1, and
         the features of a look-up's rows, are in none of them.
       contradiction: what several uses disagree about, empty if nothing.
+      ndim: how many axes the leaf has; `None` where it is not known.
 
     Example:
       >>> params = {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}
@@ -50,6 +51,7 @@ class Uses:
     free: Axes = ()
     spatial: Axes = ()
     contradiction: str = ""
+    ndim: int | None = None
 
     @property
     def is_weight(self) -> bool:
@@ -100,7 +102,8 @@ _NO_WEIGHTS = frozenset(
     ]
 )
 _BIAS = re.compile(r"(^|_)bias(es)?($|_|\d)", re.IGNORECASE)
-_SHORT = re.compile(r"([bg]|b_.*|.*_b)")  # where beside a kernel with one axis more
+_SCALE = re.compile(r"(^|_)(scale|gamma|beta)s?_?\d*$", re.IGNORECASE)
+_SHORT = re.compile(r"([bg]\d*|b_.*|.*_b|b[a-z])")  # where beside a kernel of one axis more
 _NORM = re.compile(
     r"(^|_)((layer|batch|group|rms|instance)_?norm|norm|ln|bn)(_?[a-z0-9]{0,3})?$", re.IGNORECASE
 )
@@ -110,7 +113,7 @@ _LEAST_WIDTH = 64  # of heads times their dimensions, from which the shape alone
 
 
 def conventions(paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[Convention]:
-    """What leaves are by their names and shapes, as Flax, Haiku, Equinox and PyTorch lay them out.
+    """What leaves are by their names and shapes, as Flax and Haiku lay them out.
 
     Args:
       paths: '/'-joined path of each leaf of a tree.
@@ -120,20 +123,20 @@ def conventions(paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list
       One `Convention` per leaf. Arrays of three axes and more keep their leading one apart, so that
       layers that are stacked never share a scale, unless they are surely an attention's projection.
     """
-    beside: dict[str, dict[str, int]] = {}
+    beside: dict[str, dict[str, Axes]] = {}
     for path, shape in zip(paths, shapes, strict=True):
         module, _, name = path.rpartition("/")
-        beside.setdefault(module, {})[name] = len(shape)
+        beside.setdefault(module, {})[name] = tuple(shape)
     return [
         _convention(path, tuple(shape), beside[path.rpartition("/")[0]])
         for path, shape in zip(paths, shapes, strict=True)
     ]
 
 
-def _convention(path: str, shape: tuple[int, ...], beside: dict[str, int]) -> Convention:
-    """Of one leaf; `beside`: the ranks of the leaves of its module, by name."""
+def _convention(path: str, shape: tuple[int, ...], beside: dict[str, Axes]) -> Convention:
+    """Of one leaf; `beside`: the shapes of the leaves of its module, by name."""
     n = len(shape)
-    if n < 2 or _is_no_weight(path, n, beside):
+    if n < 2 or _is_no_weight(path, shape, beside):
         return Convention(Uses("elementwise", tuple(range(-n, -1)), free=tuple(range(-n, 0)[-1:])))
     if n == 2:
         return Convention(Uses("product", (), (-2,), (-1,)))
@@ -150,16 +153,18 @@ def _convention(path: str, shape: tuple[int, ...], beside: dict[str, int]) -> Co
     return Convention(Uses("product", (-n,), inner, (-1,)), is_sure=_is_window(shape))
 
 
-def _is_no_weight(path: str, n: int, beside: dict[str, int]) -> bool:
-    """Whether a leaf of `n` axes is a bias or belongs to a normalisation, by its name."""
+def _is_no_weight(path: str, shape: Axes, beside: dict[str, Axes]) -> bool:
+    """Whether a leaf is a bias or belongs to a normalisation, by its name."""
     *_, module, name = ("", *path.split("/"))
-    if name.lower() in _NO_WEIGHTS or _BIAS.search(name) or _NORM.search(name):
+    if name.lower() in _NO_WEIGHTS or any(r.search(name) for r in (_BIAS, _NORM, _SCALE)):
         return True
     if name in ("mean", "var"):
         return {"mean", "var"} <= beside.keys()
-    if _SHORT.fullmatch(name):
-        return n + 1 in beside.values()
-    return name in ("weight", "w") and bool(_NORM.search(module)) and max(beside.values()) == n
+    without_one = [x[:i] + x[i + 1 :] for x in beside.values() for i in range(len(x) - 1)]
+    if _SHORT.fullmatch(name) and shape in without_one:
+        return True
+    in_norm = bool(_NORM.search(module)) and max(map(len, beside.values())) == len(shape)
+    return in_norm and name in ("weight", "w", "g", "b")
 
 
 def _is_window(shape: tuple[int, ...]) -> bool:

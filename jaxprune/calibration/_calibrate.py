@@ -13,7 +13,7 @@ from jaxprune import _trees
 from jaxprune._progress import track
 from jaxprune._types import Params, PyTree, Where
 from jaxprune._uses import Uses
-from jaxprune.calibration._rows import row_weights, rows_that_count
+from jaxprune.calibration._rows import check_weights, row_weights, rows_that_count
 from jaxprune.calibration._stats import Stats, averaged, empty, finished, merged, nothing, sums
 from jaxprune.program import (
     Executor,
@@ -67,7 +67,8 @@ def calibrate(
       that it serves as `uses=` too.
 
     Warns:
-      UserWarning: a mask among the arguments was taken for weights of rows.
+      UserWarning: a mask among the arguments was taken for weights of rows; weights that fit no axes
+        of what multiplies a leaf, all of whose rows count then.
 
     Raises:
       ValueError: no batches; a NaN or an infinity reaches a weight (named, with the batch).
@@ -100,6 +101,7 @@ def calibrate(
     for number, batch in enumerate(track(batches, "calibrate")):
         args = batch if isinstance(batch, tuple) else (batch,)
         inputs = inputs_of(args, {})
+        check_weights(counting(args), number)
         run = jitted.get(inputs.key, lambda args=args: jax.jit(step(args)))
         record = run(leaves, inputs.arrays)
         _refuse_non_finite(record, number)
@@ -172,7 +174,7 @@ def _step(
                 # used the other way round, as tied embeddings are: its first use counts
                 if axes.setdefault(operand.path, found) != found:
                     return HookResult()
-                own = row_weights(weights, operand.x, operand.sizes, operand.groups)
+                own = row_weights(weights, operand.x, operand.sizes, operand.groups, operand.path)
                 return HookResult(record={operand.path: sums(operand.x, own, **recorded)})
 
             executor = Executor(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxprune import _checks
+
 _MASKS = ("mask", "attention_mask", "padding_mask")
 
 
@@ -37,9 +39,30 @@ def rows_that_count(
                 f"weights: fn has no argument {weights!r} after its parameters: {names}"
             )
         at = names.index(weights)
-        return lambda batch: jnp.asarray(batch[at], jnp.float32)
+
+        def named(batch: tuple[Any, ...]) -> Array:
+            if at >= len(batch):
+                raise ValueError(
+                    f"weights: a batch of {len(batch)} has no {weights!r}, argument {at} of fn after its "
+                    "parameters; give it in every batch"
+                )
+            return jnp.asarray(batch[at], jnp.float32)
+
+        return named
     found = [i for i, name in enumerate(names) if name in _MASKS]
     return lambda batch: _mask(batch, names, found[0]) if found else None
+
+
+def check_weights(weights: Array | None, number: int) -> None:
+    """Raises `ValueError` where the weights of a batch are no numbers >= 0 with at least one above."""
+    if weights is None or _checks.is_traced(weights):
+        return
+    host = np.asarray(weights)
+    if not (np.isfinite(host).all() and (host >= 0).all() and (host > 0).any()):
+        raise ValueError(
+            f"weights: of batch {number}, expected finite numbers >= 0, not all 0, got values from "
+            f"{host.min(initial=0):g} to {host.max(initial=0):g}"
+        )
 
 
 def _arguments(fn: Callable[..., Any]) -> list[str]:
@@ -75,6 +98,7 @@ def row_weights(
     x: Float[Array, "*lead rows features"],
     sizes: tuple[int, ...],
     groups: int = 1,
+    path: str = "",
 ) -> Float[Array, "..."]:
     """The weight of each row of an operand.
 
@@ -100,4 +124,9 @@ def row_weights(
                 weights if keep == len(shape) else jnp.max(weights, tuple(range(keep, len(shape))))
             )
             return found * jnp.repeat(each.reshape(-1), rows // each.size)
+    warnings.warn(
+        f"calibrate: all rows of {path!r} count: weights of shape {shape} do not fit the axes {sizes} "
+        "of what multiplies it; give weights of its leading axes, or weights=None",
+        stacklevel=2,
+    )
     return found

@@ -92,6 +92,12 @@ def from_scores(
                 f"scores: leaf {paths[i]!r} is {getattr(leaves[i], 'dtype', type(leaves[i]))}, "
                 "expected floats; a leaf that nobody prunes scores the scalar +inf"
             )
+    if pattern is not None:
+        _trees.tell_contradictions(scores, uses, [i in chosen for i in range(len(leaves))])
+        if uses is None and getattr(pattern, "axis", None) in ("contracted", "free"):
+            _trees.tell_ambiguous(
+                [paths[i] for i in chosen], [leaves[i] for i in chosen], "from_scores"
+            )
     patterns = [pattern_on(pattern, paths[i], np.shape(leaves[i]), known[i]) for i in chosen]
     budget = _budget(sparsity, scores, paths, treedef, chosen)
     by_leaf = scope == "leaf" or isinstance(budget, list)

@@ -48,7 +48,7 @@ def is_weight(use: Use) -> bool:
 def joined(found: list[Use], shape: tuple[int, ...]) -> Uses:
     """Uses of one leaf as one: those of the most telling kind decide, the first before the others."""
     if not found:
-        return Uses("unused")
+        return Uses("unused", ndim=len(shape))
     kind = min((use.kind for use in found), key=KINDS.index)
     telling = [use for use in found if use.kind == kind]
     axes: dict[str, list[int]] = {role: [] for role in _ROLES}
@@ -67,4 +67,5 @@ def joined(found: list[Use], shape: tuple[int, ...]) -> Uses:
             told.append(
                 f"axis {axis} is " + " and ".join(f"{r} at {at}" for r, at in having.items())
             )
-    return Uses(kind, **{role: tuple(axes[role]) for role in _ROLES}, contradiction="; ".join(told))
+    roles = {role: tuple(axes[role]) for role in _ROLES}
+    return Uses(kind, **roles, contradiction="; ".join(told), ndim=len(shape))

@@ -115,8 +115,16 @@ def _format_name(dtype: Any) -> str:
         return str(dtype)
 
 
-def resolved(spec: Spec, path: str, shape: tuple[int, ...], uses: Uses | None = None) -> Spec:
-    """A spec with the axes that it has on a leaf, from the leaf's uses or by convention.
+def resolved(
+    spec: Spec,
+    path: str,
+    shape: tuple[int, ...],
+    uses: Uses | None = None,
+    *,
+    is_read: bool = False,
+) -> Spec:
+    """A spec with the axes that it has on a leaf, from the leaf's uses or by convention; `is_read` says
+    that a program was read for them.
 
     Raises:
       ValueError: an axis that the leaf does not have, or groups that do not divide it; the message names
@@ -124,8 +132,9 @@ def resolved(spec: Spec, path: str, shape: tuple[int, ...], uses: Uses | None = 
     """
     ndim = len(shape)
     known = uses or conventions([path], [shape])[0].uses
-    for axis in (spec.channel_axis, spec.group_axis):
-        if isinstance(axis, int) and axis < -ndim:
+    given = _axes(spec.channel_axis) if isinstance(spec.channel_axis, int) or uses else ()
+    for axis in (*given, *_axes(spec.group_axis)):
+        if axis < -ndim:
             raise ValueError(
                 f"channel_axis, group_axis: leaf {path!r} of shape {shape} has no axis {axis}; leave it "
                 "out with where= or rules="
@@ -141,6 +150,10 @@ def resolved(spec: Spec, path: str, shape: tuple[int, ...], uses: Uses | None = 
         raise ValueError(f"group_size: leaf {path!r} is a scalar and has no axis to group")
     axis = known.group_axis(ndim) if spec.group_axis is None else spec.group_axis
     wanted = spec.group_size
+    if is_read and axis in known.stacked:
+        raise ValueError(
+            f"group_axis: {axis} stacks layers of leaf {path!r} of shape {shape}; they share no scale"
+        )
     if shape[axis] % wanted:
         divisors = [d for d in range(1, shape[axis] + 1) if shape[axis] % d == 0]
         near = min(divisors, key=lambda d: abs(d - wanted), default=1)

@@ -8,7 +8,6 @@ import jax
 
 from jaxprune import _trees
 from jaxprune._types import Params, PyTree, Where, is_compressed
-from jaxprune._uses import conventions
 from jaxprune.quantize._array import QuantizedArray, quantize, refuse_non_finite
 from jaxprune.quantize._spec import Spec, resolved
 
@@ -111,36 +110,17 @@ def specs_for(
     specs = _chosen_specs(params, base, rules, where, uses)
     known = _trees.uses_of(params, uses)
     if uses is None:
-        _tell_ambiguous(paths, leaves, specs)
-    for path, spec, use in zip(paths, specs, known, strict=True):
-        if spec is not None and use.contradiction:
-            warnings.warn(
-                f"uses: of {path!r}, {use.contradiction}; the first use decides where scales lie",
-                stacklevel=3,
-            )
+        open_axes = lambda spec: spec is not None and spec.channel_axis is spec.group_axis is None
+        odd = [i for i, spec in enumerate(specs) if open_axes(spec)]
+        _trees.tell_ambiguous([paths[i] for i in odd], [leaves[i] for i in odd], "quantize")
+    _trees.tell_contradictions(params, uses, [spec is not None for spec in specs])
+    given = uses is not None
     return [
-        spec if spec is None or has_parts(leaf) else resolved(spec, path, tuple(leaf.shape), use)
+        spec
+        if spec is None or has_parts(leaf)
+        else resolved(spec, path, tuple(leaf.shape), use, is_read=given)
         for path, leaf, spec, use in zip(paths, leaves, specs, known, strict=True)
     ]
-
-
-def _tell_ambiguous(paths: list[str], leaves: list[Any], specs: list[Spec | None]) -> None:
-    """Warns of leaves whose channels could be others than the last and the first axis."""
-    shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
-    odd = [
-        f"{path!r} {shape}"
-        for path, shape, spec, known in zip(
-            paths, shapes, specs, conventions(paths, shapes), strict=True
-        )
-        if spec is not None and spec.channel_axis is spec.group_axis is None and not known.is_sure
-    ]
-    if odd:
-        warnings.warn(
-            f"quantize: {len(odd)} leaves of three axes and more are read as stacks along their first "
-            f"axis, such as {odd[0]}; pass uses=jp.uses(fn, params, *inputs) for the scales that the "
-            "function needs",
-            stacklevel=4,
-        )
 
 
 def _chosen_specs(

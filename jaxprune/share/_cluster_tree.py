@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune import _checks, _trees
 from jaxprune._progress import track
 from jaxprune._types import Params, PyTree, Scores, Where, is_compressed
-from jaxprune._uses import Uses
+from jaxprune._uses import Uses, conventions
 from jaxprune.share import _kmeans, _vectors
 from jaxprune.share._clustered import ClusteredArray
 
@@ -133,7 +133,8 @@ def cluster_tree(
     paths, leaves, treedef = _trees.flatten(params)
     chosen = _trees.select(params, where, uses=uses)
     weights = _importances(importance, params, paths, leaves, chosen)
-    roles = [Uses("product")] * len(leaves) if uses is None else _trees.uses_of(params, uses)
+    roles = _stacks(paths, leaves) if uses is None else _trees.uses_of(params, uses)
+    _trees.tell_contradictions(params, uses, chosen)
     ways = {
         i: how.on(path, tuple(leaf.shape), use)
         for i, (path, leaf, hit, use) in enumerate(zip(paths, leaves, chosen, roles, strict=True))
@@ -205,6 +206,17 @@ def _checked(
         )
     key = jax.random.key(0) if key is None else key
     return _How(clusters, bits, size, axis, dim, stages, start, zero, key)
+
+
+def _stacks(paths: list[str], leaves: list[Any]) -> list[Uses]:
+    """Roles by convention: what may be a stack has a codebook per layer, kernels of windows have not."""
+    shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+    return [
+        Uses("product")
+        if known.is_sure and len(shape) > 3 and known.uses.stacked
+        else Uses("product", known.uses.stacked if len(shape) > 2 else ())
+        for shape, known in zip(shapes, conventions(paths, shapes), strict=True)
+    ]
 
 
 def _importances(
