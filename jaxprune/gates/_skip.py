@@ -299,7 +299,9 @@ def _bucketed(
         def of_inputs(j: int) -> Callable[..., Array]:
             def go(x: Array) -> Array:
                 index = outs[:k]
-                y = run(x, None if ins is None else ins[:j], index)
+                # all inputs stay in their own order, in which `x` is
+                some = None if ins is None or j == ins.shape[0] else ins[:j]
+                y = run(x, some, index)
                 return scattered(y * gates[index].astype(y.dtype), index, size)
 
             return go

@@ -381,3 +381,28 @@ def test_bad_input(call, message):
 def attached(**settings):
     params = {"w1": normal(4, 16), "w2": normal(16, 2)}
     return g.attach(lambda p, x: jnp.tanh(x @ p["w1"]) @ p["w2"], params, normal(3, 4), **settings)
+
+
+def test_buckets_hold_any_number_of_open_channels():
+    rng = np.random.default_rng(0)
+    n_in, n_out = 8, 12
+    kernel = jnp.asarray(rng.normal(size=(3, 3, n_in, n_out)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=n_out), jnp.float32)
+    conv = jax.jit(lambda x, g, i: jp.gates.bucketed_conv(x, kernel, g, bias=bias, inputs=i))
+    dense = jax.jit(
+        lambda x, g, i: jp.gates.bucketed_dense(x, kernel[0, 0], g, bias=bias, inputs=i)
+    )
+    for a in range(n_in + 1):
+        b = int(rng.integers(0, n_out + 1))
+        opened = [np.zeros(n, np.float32) for n in (n_in, n_out)]
+        for gates, count in zip(opened, (a, b), strict=True):
+            gates[rng.permutation(len(gates))[:count]] = rng.uniform(0.1, 2, count)
+        inputs, outputs = (jnp.asarray(gates) for gates in opened)
+        x = jnp.asarray(rng.normal(size=(1, 5, 5, n_in)), jnp.float32) * (inputs != 0)
+        whole = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        np.testing.assert_allclose(conv(x, outputs, inputs), (whole + bias) * outputs, atol=1e-4)
+        np.testing.assert_allclose(
+            dense(x, outputs, inputs), (x @ kernel[0, 0] + bias) * outputs, atol=1e-4
+        )

@@ -66,7 +66,8 @@ def test_products_of_clusters(layout, kind, monkeypatch):
         x = normal(*(sizes[c] for c in left), seed=1)
         run = jp.compressed(fn)
         assert error(fn(dense, x), jax.jit(run)(tree, x)) < 5e-4
-        if kind != "vectors":
+        # a last axis too short to pack is packed along another one, which has no products
+        if kind != "vectors" and getattr(tree["w"], "axis", -1) == -1:
             assert run.choices[0].lowering != "dense"
 
 
