@@ -4,6 +4,7 @@ All of them look at types, shapes and concrete values only, so they run before a
 also under `jit`, where a traced value passes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,14 @@ from jaxprune._types import PyTree, is_compressed
 def is_traced(x: Any) -> bool:
     """Whether `x` has no concrete value yet."""
     return isinstance(x, Tracer)
+
+
+def flagged(paths: Sequence[str], flags: Sequence[Any], *, value: bool = True) -> list[str]:
+    """The paths whose flag is `value`, read from the device at once; none where a flag is traced."""
+    if any(is_traced(flag) for flag in flags):
+        return []
+    found = jax.device_get(list(flags))
+    return [path for path, flag in zip(paths, found, strict=True) if bool(flag) == value]
 
 
 def fraction(name: str, value: Any) -> None:

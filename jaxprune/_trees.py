@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._types import PyTree, Where, is_compressed
-from jaxprune._uses import Uses, conventions
+from jaxprune._uses import Convention, Uses, conventions
 
 
 def path_str(key_path: Sequence[Any]) -> str:
@@ -105,6 +105,11 @@ def rank(leaf: Any) -> int:
     return len(getattr(leaf, "shape", ()))
 
 
+def conventions_of(paths: Sequence[str], leaves: Sequence[Any]) -> list[Convention]:
+    """What leaves are by their names and shapes."""
+    return conventions(paths, [tuple(getattr(leaf, "shape", ())) for leaf in leaves])
+
+
 def uses_of(tree: PyTree, uses: Any = None) -> list[Uses]:
     """What each leaf of `tree` is for, in flatten order.
 
@@ -119,8 +124,7 @@ def uses_of(tree: PyTree, uses: Any = None) -> list[Uses]:
     """
     paths, leaves, _ = flatten(tree)
     if uses is None:
-        shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
-        return [convention.uses for convention in conventions(paths, shapes)]
+        return [convention.uses for convention in conventions_of(paths, leaves)]
     items, _ = jax.tree_util.tree_flatten_with_path(
         getattr(uses, "uses", uses), is_leaf=lambda x: isinstance(getattr(x, "uses", x), Uses)
     )
@@ -137,24 +141,24 @@ def uses_of(tree: PyTree, uses: Any = None) -> list[Uses]:
             "jp.uses(fn, params, *args)"
         )
     for path, leaf in zip(paths, leaves, strict=True):
-        if rank(leaf) and found[path].ndim not in (
-            None,
-            rank(leaf),
-        ):  # scores of no weights are scalars
+        n = rank(leaf)  # 0 of scores that speak of no weights
+        if n and found[path].ndim not in (None, n):
             raise ValueError(
-                f"uses: of another tree than params (leaf {path!r} has {rank(leaf)} axes, its uses "
+                f"uses: of another tree than params (leaf {path!r} has {n} axes, its uses "
                 f"{found[path].ndim}); make them anew: jp.uses(fn, params, *args)"
             )
     return [found[path] for path in paths]
 
 
-def tell_ambiguous(paths: Sequence[str], leaves: Sequence[Any], who: str) -> None:
-    """Warns of leaves whose axes could have other roles than conventions say."""
-    shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+def tell_ambiguous(
+    paths: Sequence[str], leaves: Sequence[Any], chosen: Sequence[bool], who: str
+) -> None:
+    """Warns of chosen leaves whose axes could have other roles than conventions say."""
+    known = conventions_of(paths, leaves)
     odd = [
-        f"{path!r} {shape}"
-        for path, shape, known in zip(paths, shapes, conventions(paths, shapes), strict=True)
-        if not known.is_sure
+        f"{path!r} {tuple(leaf.shape)}"
+        for path, leaf, convention, hit in zip(paths, leaves, known, chosen, strict=True)
+        if hit and not convention.is_sure
     ]
     if odd:
         warnings.warn(
@@ -164,13 +168,13 @@ def tell_ambiguous(paths: Sequence[str], leaves: Sequence[Any], who: str) -> Non
         )
 
 
-def tell_contradictions(tree: PyTree, uses: Any, chosen: list[bool]) -> None:
+def tell_contradictions(
+    paths: Sequence[str], known: Sequence[Uses], chosen: Sequence[bool]
+) -> None:
     """Warns of chosen leaves whose uses contradict each other."""
-    if uses is None:
-        return
     odd = [
         f"of {path!r}, {use.contradiction}"
-        for path, use, hit in zip(leaf_paths(tree), uses_of(tree, uses), chosen, strict=True)
+        for path, use, hit in zip(paths, known, chosen, strict=True)
         if hit and use.contradiction
     ]
     if odd:
@@ -198,19 +202,13 @@ def select(tree: PyTree, where: Where = None, *, uses: Any = None) -> list[bool]
         the nearest paths. Uses of another tree.
     """
     paths, leaves, _ = flatten(tree)
-    if where is None or uses is not None:
-        known = uses_of(tree, uses)
-        if where is None:
-            pairs = zip(leaves, known, strict=True)
-            return [is_floating(leaf) and rank(leaf) > 0 and use.is_weight for leaf, use in pairs]
-    return _select(paths, leaves, where)
+    return _select(paths, leaves, uses_of(tree, uses), where)
 
 
-def _select(paths: list[str], leaves: list[Any], where: Where) -> list[bool]:
+def _select(paths: list[str], leaves: list[Any], known: Sequence[Uses], where: Where) -> list[bool]:
     if where is None:
-        shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
-        pairs = zip(leaves, conventions(paths, shapes), strict=True)
-        return [is_floating(leaf) and known.uses.is_weight for leaf, known in pairs]
+        pairs = zip(leaves, known, strict=True)
+        return [is_floating(leaf) and rank(leaf) > 0 and use.is_weight for leaf, use in pairs]
     if isinstance(where, str):
         pattern = compile_pattern(where)
         hits = [
@@ -227,7 +225,7 @@ def _select(paths: list[str], leaves: list[Any], where: Where) -> list[bool]:
             for path, leaf in zip(paths, leaves, strict=True)
         ]
     if isinstance(where, Sequence):
-        rows = [_select(paths, leaves, item) for item in where]
+        rows = [_select(paths, leaves, known, item) for item in where]
         return [any(column) for column in zip(*rows, strict=True)] if rows else [False] * len(paths)
     raise TypeError(
         f"where: expected None, a regular expression, a sequence of those or a callable "

@@ -90,9 +90,6 @@ class Convention(NamedTuple):
 
 _NO_WEIGHTS = frozenset(
     [
-        "scale",
-        "beta",
-        "gamma",
         "offset",
         "running_mean",
         "running_var",

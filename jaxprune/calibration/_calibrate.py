@@ -66,16 +66,14 @@ def calibrate(
       The tree of `params` with a `Stats` for each leaf; it carries what the function uses each for, so
       that it serves as `uses=` too.
 
-    Warns:
-      UserWarning: a mask among the arguments was taken for weights of rows; weights that fit no axes
-        of what multiplies a leaf, all of whose rows count then.
-
     Raises:
       ValueError: no batches; a NaN or an infinity reaches a weight (named, with the batch).
       TypeError: a static argument that is not hashable.
 
     Warns:
-      UserWarning: a weight where what multiplies it cannot be recorded, such as one split over devices.
+      UserWarning: a weight where what multiplies it cannot be recorded, such as one split over devices;
+        a mask among the arguments that was taken for weights of rows; weights of rows that fit no axes of
+        what multiplies a leaf, all of whose rows count then.
 
     Example:
       >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
@@ -94,16 +92,17 @@ def calibrate(
     known: dict[str, Uses] = {}
     axes: dict[str, tuple[tuple[int, ...], int]] = {}
     recorded = {"histogram": histogram, "second_moment": second_moment}
-    step = _step(fn, treedef, paths, where, axes, known, counting, **recorded)
+    step = _step(fn, treedef, paths, where, axes, known, **recorded)
     total: dict[str, Any] = {}
     moving: dict[str, tuple[Any, Any]] = {}
     jitted = TraceCache()
     for number, batch in enumerate(track(batches, "calibrate")):
         args = batch if isinstance(batch, tuple) else (batch,)
         inputs = inputs_of(args, {})
-        check_weights(counting(args), number)
+        rows = counting(args)
+        check_weights(rows, number)
         run = jitted.get(inputs.key, lambda args=args: jax.jit(step(args)))
-        record = run(leaves, inputs.arrays)
+        record = run(leaves, inputs.arrays, rows)
         _refuse_non_finite(record, number)
         for path, found in record.items():
             ends = (found["low"], found["high"])
@@ -128,8 +127,8 @@ def ranges_seen(
     bound = lambda p, *arrays: _rebuilt(fn, inputs, p, list(arrays))
     chosen = [re.escape(path) for path in paths]
     recorded = {"histogram": False, "second_moment": False}
-    step = _step(bound, treedef, names, chosen, {}, {}, lambda args: None, **recorded)
-    record = step(tuple(inputs.arrays))(leaves, inputs.arrays)
+    step = _step(bound, treedef, names, chosen, {}, {}, **recorded)
+    record = step(tuple(inputs.arrays))(leaves, inputs.arrays, None)
     return {path: (found["low"], found["high"]) for path, found in record.items()}
 
 
@@ -145,26 +144,22 @@ def _step(
     where: Where,
     axes: dict[str, tuple[tuple[int, ...], int]],
     known: dict[str, Uses],
-    counting: Callable[[tuple[Any, ...]], Any],
     **recorded: bool,
 ) -> Callable[[tuple[Any, ...]], Callable[..., dict[str, Any]]]:
     """One batch as a function to jit; `axes` and `known` are filled while it is traced."""
 
     def for_inputs(args: tuple[Any, ...]) -> Callable[..., dict[str, Any]]:
-        inputs = inputs_of(args, {})
-
-        def run(leaves: list[Any], arrays: list[Any]) -> dict[str, Any]:
+        def run(leaves: list[Any], arrays: list[Any], weights: Any) -> dict[str, Any]:
             dense = [_trees.dense(leaf) for leaf in leaves]
             params = treedef.unflatten(dense)
             program = trace_program(fn, params, *args)
-            found = uses_of_program(program, [jnp.shape(x) for x in dense])
+            found = uses_of_program(program, len(dense))
             known.update(zip(paths, found, strict=True))
             chosen = _trees.select(params, where, uses=treedef.unflatten(found))
             tracked = [
                 Tracked.of(x, path) if hit else x
                 for path, x, hit in zip(paths, dense, chosen, strict=True)
             ]
-            weights = counting(inputs.rebuild(arrays)[0])
 
             def use(step: Step) -> HookResult:
                 operand = operand_of(step)

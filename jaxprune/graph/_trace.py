@@ -73,7 +73,7 @@ class Graph:
     @cached_property
     def uses(self) -> PyTree:
         """What the function does with each parameter: tree of `jaxprune.Uses`, see `jp.uses`."""
-        return self.treedef.unflatten(uses_of_program(self.program, self.shapes))
+        return self.treedef.unflatten(uses_of_program(self.program, len(self.paths)))
 
     def for_inputs(self, params: Params, *args: Any, **kwargs: Any) -> "Graph":
         """The graph of the same function for inputs of these shapes."""

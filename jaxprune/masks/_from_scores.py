@@ -93,11 +93,11 @@ def from_scores(
                 "expected floats; a leaf that nobody prunes scores the scalar +inf"
             )
     if pattern is not None:
-        _trees.tell_contradictions(scores, uses, [i in chosen for i in range(len(leaves))])
+        pruned = set(chosen)
+        hits = [i in pruned for i in range(len(leaves))]
+        _trees.tell_contradictions(paths, known, hits)
         if uses is None and getattr(pattern, "axis", None) in ("contracted", "free"):
-            _trees.tell_ambiguous(
-                [paths[i] for i in chosen], [leaves[i] for i in chosen], "from_scores"
-            )
+            _trees.tell_ambiguous(paths, leaves, hits, "from_scores")
     patterns = [pattern_on(pattern, paths[i], np.shape(leaves[i]), known[i]) for i in chosen]
     budget = _budget(sparsity, scores, paths, treedef, chosen)
     by_leaf = scope == "leaf" or isinstance(budget, list)
@@ -256,10 +256,7 @@ def _may_be_spread(leaves: Sequence[Any]) -> bool:
 
 
 def _no_nan(paths: list[str], arrays: Sequence[jax.Array]) -> None:
-    flags = [_has_nan(array) for array in arrays]
-    if any(_checks.is_traced(flag) for flag in flags):
-        return
-    bad = [path for path, flag in zip(paths, jax.device_get(flags), strict=True) if flag]
+    bad = _checks.flagged(paths, [_has_nan(array) for array in arrays])
     if bad:
         raise ValueError(
             f"scores: NaN in leaf {bad[0]!r}"

@@ -92,9 +92,7 @@ def check_maskable(params: Params, masks: Masks) -> None:
         if not takes_update(leaf) and not _all_kept(mask):
             raise TypeError(f"params: leaf {path!r} {cure(leaf)}")
     flags = [_not_finite(p, m) for p, m in zip(leaves, found, strict=True)]
-    if any(_checks.is_traced(flag) for flag in flags):
-        return
-    bad = [path for path, flag in zip(paths, jax.device_get(flags), strict=True) if flag]
+    bad = _checks.flagged(paths, flags)
     if bad:
         raise ValueError(
             f"params: leaf {bad[0]!r} is infinite or NaN where masked, which no update makes zero; "

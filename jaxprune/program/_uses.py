@@ -5,13 +5,9 @@ A value that is computed from parameters and constants alone is a parameter unde
 axes. Where such a value meets data, in a product, a look-up or entry by entry, that is a use.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxprune import _trees
 from jaxprune._types import Params, PyTree
@@ -65,17 +61,15 @@ def uses(fn: Callable[..., Any], params: Params, *args: Any, **kwargs: Any) -> P
       ((-3,), (-2,), 'look-up')
     """
     _, leaves, treedef = _trees.flatten(params)
-    kind = lambda x: x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    shape = lambda x: tuple(x.shape) if hasattr(x, "shape") else np.shape(x)
-    shapes = [jax.ShapeDtypeStruct(shape(x), kind(x)) for x in leaves]
-    program = trace_program(fn, treedef.unflatten(shapes), *args, **kwargs)
-    return treedef.unflatten(uses_of_program(program, [x.shape for x in shapes]))
+    program = trace_program(fn, params, *args, **kwargs)
+    return treedef.unflatten(uses_of_program(program, len(leaves)))
 
 
-def uses_of_program(program: Program, shapes: Sequence[tuple[int, ...]]) -> list[Uses]:
-    """What a program does with each of its first inputs, in order."""
+def uses_of_program(program: Program, count: int) -> list[Uses]:
+    """What a program does with each of its first inputs, in order; `count`: of the parameters."""
     walk = _Walk()
-    own = [Value((View.of(i, tuple(shape)),)) for i, shape in enumerate(shapes)]
+    shapes = [tuple(program.avals[number].shape) for number in program.inputs[:count]]
+    own = [Value((View.of(i, shape),)) for i, shape in enumerate(shapes)]
     data = [DATA] * (len(program.inputs) - len(own))
     for value in walk.run(program, [*own, *data]):
         walk.note(value, "other")
@@ -85,7 +79,7 @@ def uses_of_program(program: Program, shapes: Sequence[tuple[int, ...]]) -> list
     for use in walk.among_parameters.values():
         if not any(is_weight(known) for known in found[use.leaf]):
             found[use.leaf].append(use)
-    return [joined(each, tuple(shape)) for each, shape in zip(found, shapes, strict=True)]
+    return [joined(each, shape) for each, shape in zip(found, shapes, strict=True)]
 
 
 @dataclass
@@ -121,18 +115,8 @@ class _Walk:
             for view in value.views:
                 self._note(view, kind, source, **axes)
 
-    def _note(
-        self,
-        view: View,
-        kind: UseKind,
-        source: str,
-        *,
-        stacked: Iterable[int] = (),
-        contracted: Iterable[int] = (),
-        free: Iterable[int] = (),
-        spatial: Iterable[int] = (),
-    ) -> None:
-        use = use_of(view, kind, source, stacked, contracted, free, spatial)
+    def _note(self, view: View, kind: UseKind, source: str, **axes: Any) -> None:
+        use = use_of(view, kind, source, **axes)
         self.uses.setdefault(use[:-1], use)
 
     def _apply(
@@ -318,7 +302,6 @@ class _Walk:
                     ],
                 )
                 for program, own in zip(operation.inner, nesting.operands, strict=True)
-                for pairs in [list(zip(own, program.inputs, strict=True))]
             ]
             after = [
                 mixed([ready[i], result]) for i, result in zip(carries, results[-1], strict=False)

@@ -247,9 +247,7 @@ def _encode(
 
 def refuse_non_finite(paths: list[str], flags: list[Array]) -> None:
     """Raises `ValueError` naming the leaves with a NaN or an infinity; traced flags pass."""
-    if any(_checks.is_traced(flag) for flag in flags):
-        return
-    bad = [path for path, ok in zip(paths, jax.device_get(flags), strict=True) if not ok]
+    bad = _checks.flagged(paths, flags, value=False)
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise ValueError(

@@ -132,8 +132,9 @@ def resolved(
     """
     ndim = len(shape)
     known = uses or conventions([path], [shape])[0].uses
-    given = _axes(spec.channel_axis) if isinstance(spec.channel_axis, int) or uses else ()
-    for axis in (*given, *_axes(spec.group_axis)):
+    # a spec that was resolved for a whole stack may name axes that one layer does not have
+    is_given = uses is not None or isinstance(spec.channel_axis, int)
+    for axis in (*(_axes(spec.channel_axis) if is_given else ()), *_axes(spec.group_axis)):
         if axis < -ndim:
             raise ValueError(
                 f"channel_axis, group_axis: leaf {path!r} of shape {shape} has no axis {axis}; leave it "

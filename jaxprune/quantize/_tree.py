@@ -110,10 +110,9 @@ def specs_for(
     specs = _chosen_specs(params, base, rules, where, uses)
     known = _trees.uses_of(params, uses)
     if uses is None:
-        open_axes = lambda spec: spec is not None and spec.channel_axis is spec.group_axis is None
-        odd = [i for i, spec in enumerate(specs) if open_axes(spec)]
-        _trees.tell_ambiguous([paths[i] for i in odd], [leaves[i] for i in odd], "quantize")
-    _trees.tell_contradictions(params, uses, [spec is not None for spec in specs])
+        is_open = lambda spec: spec is not None and spec.channel_axis is spec.group_axis is None
+        _trees.tell_ambiguous(paths, leaves, [is_open(spec) for spec in specs], "quantize")
+    _trees.tell_contradictions(paths, known, [spec is not None for spec in specs])
     given = uses is not None
     return [
         spec

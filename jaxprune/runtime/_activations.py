@@ -17,13 +17,11 @@ from jaxprune.quantize import DynamicInput, InputScale
 _TOGETHER = 512
 STEPS = 254.0  # steps of the low part within one of the high one
 TOP = 127.0
-LEAST = (
-    5.0  # of magnitudes whose largest is 127, clipped so that a few do not make up for all others
-)
+# of magnitudes whose largest is 127, clipped so that a few do not make up for all others
+LEAST = 5.0
 CLIP = 16.0
-LEAST_REACH = (
-    0.3  # rms of results over what activations and weights let expect, 1 where they are independent
-)
+# rms of results over what activations and weights let expect, 1 where they are independent
+LEAST_REACH = 0.3
 LEAST_RESULTS = 2.0  # as large as the largest: one alone may be small by chance, and its error not
 MOST_SPREAD = 52.0  # largest over rms, of a row of activations times that of all results
 # errors are about 9e-6 of the latter, so below 5e-4 of the rms of results

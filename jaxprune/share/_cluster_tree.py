@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune import _checks, _trees
 from jaxprune._progress import track
 from jaxprune._types import Params, PyTree, Scores, Where, is_compressed
-from jaxprune._uses import Uses, conventions
+from jaxprune._uses import Uses
 from jaxprune.share import _kmeans, _vectors
 from jaxprune.share._clustered import ClusteredArray
 
@@ -134,7 +134,7 @@ def cluster_tree(
     chosen = _trees.select(params, where, uses=uses)
     weights = _importances(importance, params, paths, leaves, chosen)
     roles = _stacks(paths, leaves) if uses is None else _trees.uses_of(params, uses)
-    _trees.tell_contradictions(params, uses, chosen)
+    _trees.tell_contradictions(paths, roles, chosen)
     ways = {
         i: how.on(path, tuple(leaf.shape), use)
         for i, (path, leaf, hit, use) in enumerate(zip(paths, leaves, chosen, roles, strict=True))
@@ -210,12 +210,12 @@ def _checked(
 
 def _stacks(paths: list[str], leaves: list[Any]) -> list[Uses]:
     """Roles by convention: what may be a stack has a codebook per layer, kernels of windows have not."""
-    shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+    pairs = zip(leaves, _trees.conventions_of(paths, leaves), strict=True)
     return [
         Uses("product")
-        if known.is_sure and len(shape) > 3 and known.uses.stacked
-        else Uses("product", known.uses.stacked if len(shape) > 2 else ())
-        for shape, known in zip(shapes, conventions(paths, shapes), strict=True)
+        if known.is_sure and _trees.rank(leaf) > 3
+        else Uses("product", known.uses.stacked if _trees.rank(leaf) > 2 else ())
+        for leaf, known in pairs
     ]
 
 

@@ -106,7 +106,7 @@ def factorize_tree(
     uses = stats if uses is None else uses
     chosen = _trees.select(params, where, uses=uses)
     known = _trees.uses_of(params, uses)
-    _trees.tell_contradictions(params, uses, chosen)
+    _trees.tell_contradictions(paths, known, chosen)
     found_stats = [None] * len(leaves) if stats is None else treedef.flatten_up_to(stats)
     out, dense = list(leaves), []
     ready: dict[int, _Leaf] = {}
