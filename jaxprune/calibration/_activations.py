@@ -9,7 +9,7 @@ from jaxprune import _checks, _trees
 from jaxprune._types import PyTree, Where
 from jaxprune.calibration._calibrate import stats_leaves
 from jaxprune.calibration._ranges import METHODS, range_of
-from jaxprune.quantize import ActivationQuantized, DynamicInput, InputScale
+from jaxprune.quantize import ActivationQuantized, DynamicInput, InputScale, tell_fixed_scales
 
 
 def quantize_activations(
@@ -97,6 +97,7 @@ def quantize_activations(
         out[i] = _with(
             leaf, scale_of_range(*ends, symmetric=symmetric, bits=bits, training=training)
         )
+    tell_fixed_scales(paths, out)
     return treedef.unflatten(out)
 
 

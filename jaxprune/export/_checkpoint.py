@@ -38,7 +38,8 @@ def save(path: str | Path, tree: PyTree, *, overwrite: bool = False, entropy: bo
     Args:
       path: the folder to make; its parents are made as needed.
       tree: arrays, masks, compressed leaves, numbers and strings in dicts, lists, tuples, named
-        tuples (optimizer states), `FrozenDict` or `nnx.State`.
+        tuples (optimizer states), `FrozenDict` or `nnx.State`; also the pair that `jp.compact` returns:
+        `compact_fn, small = jp.export.load(path)`, then `compact_fn = compact_fn.of(fn)`.
       overwrite: replace what is there; else an existing path is an error.
       entropy: code arrays by the frequencies of their bytes, as Deep Compression does, which makes
         clustered and pruned weights smaller still; slower (some 10 MB/s), and in memory, not through
@@ -222,11 +223,22 @@ def load(path: str | Path, *, like: PyTree | None = None, sharding: Any = None) 
         raise ValueError(f"path: {path} is damaged: {error}; copy or save it again") from error
     if like is not None:
         return _placed_like(tree, like)
-    return tree if sharding is None else jax.device_put(tree, sharding)
+    return tree if sharding is None else _put(tree, sharding)
 
 
 class _Refused(ValueError):
     """An error of `load` that says all there is to say."""
+
+
+def _put(tree: PyTree, sharding: Any) -> PyTree:
+    """The tree with its arrays placed; what holds none stays as it is."""
+    leaves, treedef = jax.tree.flatten(tree)
+    is_array = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]
+    arrays = treedef.unflatten(x if a else 0 for x, a in zip(leaves, is_array, strict=True))
+    placed = jax.tree.leaves(jax.device_put(arrays, sharding))
+    return treedef.unflatten(
+        p if a else x for p, a, x in zip(placed, is_array, leaves, strict=True)
+    )
 
 
 def _placed_like(tree: PyTree, like: PyTree) -> PyTree:

@@ -19,6 +19,7 @@ from jaxprune import _bits, _leaves
 from jaxprune._types import PyTree, is_compressed
 from jaxprune.masks import PackedTree
 from jaxprune.share import ClusteredArray
+from jaxprune.structure import CompactFunction
 
 _LARGE = 1024  # bytes of arrays that are compared with others
 _FROZEN = ("flax.core", "FrozenDict")
@@ -122,6 +123,10 @@ def _encode(node: Any, path: str, arrays: _Arrays) -> dict[str, Any]:
             children = {field: getattr(node, field) for field in known.data}
         items = {field: below(field, child) for field, child in children.items()}
         return {"kind": "leaf", "type": name, "static": static, "children": items}
+    if isinstance(node, CompactFunction):
+        return {"kind": "compact", "sizes": below("sizes", node.sizes())}
+    if isinstance(node, jax.ShapeDtypeStruct):
+        return {"kind": "struct", "shape": [*node.shape], "dtype": node.dtype.name}
     if isinstance(node, PackedTree):
         return {"kind": "packed", "tree": below("masks", node.treedef.unflatten(node.leaves))}
     if node is None:
@@ -235,6 +240,17 @@ def _packed_tree(structure: dict[str, Any], arrays: list[Any]) -> Any:
     return PackedTree.of(decode(structure["tree"], arrays))
 
 
+def _compact(structure: dict[str, Any], arrays: list[Any]) -> CompactFunction:
+    return CompactFunction.from_sizes(decode(structure["sizes"], arrays))
+
+
+def _struct(structure: dict[str, Any], arrays: list[Any]) -> jax.ShapeDtypeStruct:
+    shape = structure["shape"]
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"a shape of {shape}")
+    return jax.ShapeDtypeStruct(tuple(shape), jax.numpy.dtype(structure["dtype"]))
+
+
 def _children(structure: dict[str, Any], arrays: list[Any]) -> dict[str, Any]:
     return {name: decode(child, arrays) for name, child in structure["children"].items()}
 
@@ -288,6 +304,8 @@ _DECODERS: dict[str, Callable[[dict[str, Any], list[Any]], Any]] = {
     "tuple": _sequence,
     "variable": _variable,
     "packed": _packed_tree,
+    "compact": _compact,
+    "struct": _struct,
     "leaf": _leaf,
     "named": _named_tuple,
 }

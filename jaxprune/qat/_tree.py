@@ -16,6 +16,7 @@ from jaxprune.quantize import (
     has_parts,
     scale_of,
     specs_for,
+    tell_fixed_scales,
 )
 
 
@@ -56,6 +57,9 @@ def prepare(
       ValueError: unknown names, learned steps for `"nf4"` or `"float8_e4m3fn"`, a group size that does
         not divide a leaf, masks of another tree.
 
+    Warns:
+      UserWarning: input scales that are fixed, beside weights that train: decay would move them.
+
     Example:
       >>> params = {"w": jnp.array([[0.9, -0.4], [0.2, 0.7]])}
       >>> fn = lambda p, x: x @ p["w"]
@@ -93,6 +97,7 @@ def prepare(
             out.append(leaf.with_weight(_prepared(leaf.weight, spec, mask, method)))
         else:
             out.append(_prepared(leaf, spec, mask, method))
+    tell_fixed_scales(paths, out)
     return treedef.unflatten(out)
 
 

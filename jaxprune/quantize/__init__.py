@@ -16,6 +16,7 @@ from jaxprune.quantize._inputs import (
     InputScale,
     round_ste,
     scale_gradient,
+    tell_fixed_scales,
 )
 from jaxprune.quantize._scale import from_levels, reciprocal, scale_of, spread, to_levels
 from jaxprune.quantize._spec import NF4_LEVELS, Spec, integer_range, resolved

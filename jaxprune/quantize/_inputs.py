@@ -1,5 +1,6 @@
 """How what multiplies a weight is quantized, kept beside the weight."""
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +19,11 @@ class InputScale:
 
     Attributes:
       scale: float, a scalar; (layers,) beside a stack of layers.
-      zero_point: float like `scale`, whole numbers; or `None` (the level 0 is 0).
+      zero_point: float like `scale`, rounded when read; or `None` (the level 0 is 0).
       bits: 2 to 8; levels in `[-q, q]`, `q = 2^(bits - 1) - 1`, with a zero point in `[-q - 1, q]`.
-      training: which gradient the scale gets: `"fixed"` (none), `"lsq"`, or `"pact"` (from clipped
-        activations only).
+      training: which gradient scale and zero point get: `"fixed"` (none: an optimizer's decay would move
+        them all the same), `"lsq"`, or `"pact"` (from clipped activations only). That of the zero point
+        comes from clipped activations, as in LSQ+ (https://arxiv.org/abs/2004.09576).
 
     Example:
       >>> how = jp.quantize.InputScale(jnp.float32(0.5), None, bits=4)
@@ -45,27 +47,33 @@ class InputScale:
         """The scale, positive wherever training moves it."""
         return self.scale if self.training == "fixed" else _positive(self.scale)
 
+    @property
+    def zero(self) -> Array:
+        """The level of 0, a whole number in the range wherever training moves it; gradients pass."""
+        if self.zero_point is None:
+            return jnp.zeros(())
+        inside = jnp.clip(self.zero_point, *self.range)
+        return inside + jax.lax.stop_gradient(jnp.round(inside) - inside)
+
     def fixed(self) -> "InputScale":
         """The same, no longer trained."""
-        zero = None if self.zero_point is None else jnp.round(self.zero_point)
+        zero = None if self.zero_point is None else self.zero
         return InputScale(self.step, zero, self.bits)
 
     def rounded(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """`x` on the grid. Its gradient is that of a clip; that of the scale, see `training`."""
         low, high = self.range
-        zero = 0.0 if self.zero_point is None else self.zero_point
-        zero = jnp.round(jnp.asarray(zero, x.dtype))
+        zero = self.zero.astype(x.dtype)
         scale = self.step.astype(x.dtype)
         if self.training == "fixed":
-            scale = jax.lax.stop_gradient(scale)
+            scale, zero = jax.lax.stop_gradient((scale, zero))
         elif self.training == "lsq":
             scale = scale_gradient(scale, 1.0 / (max(x.size, 1) * high) ** 0.5)
         return round_ste(x, scale, zero, low, high, residual=self.training == "lsq")
 
     def codes(self, x: Float[Array, "..."]) -> Array:
         """Levels, as int8."""
-        zero = 0.0 if self.zero_point is None else jnp.round(self.zero_point)
-        return jnp.clip(jnp.round(x / self.step + zero), *self.range).astype(jnp.int8)
+        return jnp.clip(jnp.round(x / self.step + self.zero), *self.range).astype(jnp.int8)
 
 
 def _positive(x: Array) -> Array:
@@ -151,3 +159,22 @@ class ActivationQuantized(CompressedLeaf):
     def with_weight(self, weight: Any) -> "ActivationQuantized":
         """Another weight beside the same input."""
         return replace(self, weight=weight)
+
+
+def tell_fixed_scales(paths: list[str], leaves: list[Any]) -> None:
+    """Warns of fixed input scales beside weights that train: floats that no gradient holds in place."""
+    odd = [
+        path
+        for path, leaf in zip(paths, leaves, strict=True)
+        if isinstance(leaf, ActivationQuantized)
+        and isinstance(leaf.input, InputScale)
+        and (leaf.input.training, getattr(leaf.weight, "is_trained", False)) == ("fixed", True)
+    ]
+    if odd:
+        more = ", …" if len(odd) > 1 else ""
+        warnings.warn(
+            f"training: the input scale of leaf {odd[0]!r}{more} is fixed, and a float of the tree, so "
+            "that weight decay and averages move it without a gradient; learn it, "
+            "jp.quantize_activations(tree, stats, training='lsq'), or add it after training",
+            stacklevel=3,
+        )

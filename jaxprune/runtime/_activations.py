@@ -117,7 +117,7 @@ def _all_mapped(size: int, batched: list[bool], flag: Array) -> tuple[Array, boo
 
 def with_known_scale(x: Float[Array, "..."], known: InputScale) -> Int8Split:
     """Activations in one part, by a scale known beforehand."""
-    zero = None if known.zero_point is None else jnp.round(known.zero_point)
+    zero = None if known.zero_point is None else known.zero
     return Int8Split([known.codes(x)[None]], known.step, zero)
 
 

@@ -23,7 +23,8 @@ class CompactFunction:
 
     Called like the original, with the small parameters. It is traced anew, and coupled anew, for each
     shape of inputs; where a unit that was removed cannot be removed then, it is zero, as in the masked
-    function, and a warning says why. It can be pickled where its function can.
+    function, and a warning says why. It can be pickled where its function can, and `jp.export.save` takes
+    it beside its parameters: files hold sizes, no code, so that `of` names the function after loading.
 
     Attributes:
       differences: with `verify=True`, per output the largest absolute difference on the example inputs;
@@ -32,13 +33,13 @@ class CompactFunction:
 
     def __init__(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[..., Any] | None,
         full: Params,
         kept: list[Kept],
         fully_masked: tuple[int, ...],
         updates: Callable[[Any], Any] | None,
     ) -> None:
-        """Made by `jp.compact`."""
+        """Made by `jp.compact`; without `fn`, by `from_sizes`."""
         self._fn, self._full, self._updates = fn, full, updates
         self._kept, self._fully_masked = kept, fully_masked
         self.differences: dict[str, float] | None = None
@@ -57,6 +58,32 @@ class CompactFunction:
         """
         return CompactFunction(fn, self._full, self._kept, self._fully_masked, updates)
 
+    def sizes(self) -> dict[str, Any]:
+        """What was removed, as a tree that goes to files. Inverse of `from_sizes`."""
+        shapes = [leaf.shape for leaf in jax.tree.leaves(self._full)]
+        kept = [
+            [None if len(i) == n else np.asarray(i, np.int32) for n, i in zip(*pair, strict=True)]
+            for pair in zip(shapes, self._kept, strict=True)
+        ]
+        return {"full": self._full, "kept": kept, "fully_masked": list(self._fully_masked)}
+
+    @classmethod
+    def from_sizes(cls, sizes: dict[str, Any]) -> "CompactFunction":
+        """The removal of `sizes`, of no function yet: `of` names it.
+
+        Raises:
+          ValueError: indices that do not fit the shapes.
+        """
+        shapes = [leaf.shape for leaf in jax.tree.leaves(sizes["full"])]
+        kept = []
+        for shape, indices in zip(shapes, sizes["kept"], strict=True):
+            pairs = zip(shape, indices, strict=True)
+            kept.append(tuple(np.arange(n) if i is None else _index(i, n) for n, i in pairs))
+        masked = tuple(sizes["fully_masked"])
+        if not all(type(i) is int and 0 <= i < len(shapes) for i in masked):
+            raise ValueError(f"fully masked leaves {masked} of {len(shapes)}")
+        return cls(None, sizes["full"], kept, masked, None)
+
     def __getstate__(self) -> dict[str, Any]:
         for name, function in (("fn", self._fn), ("updates", self._updates)):
             try:
@@ -74,8 +101,15 @@ class CompactFunction:
         self._plans.put(inputs_of(args, kwargs).key, (graph, found))
 
     def _plan(self, args: Any, kwargs: Any) -> tuple[Graph, Reduced]:
+        fn = self._fn
+        if fn is None:
+            raise TypeError(
+                "this compact function comes from a file, which holds its sizes and not its code: name "
+                "the function first, compact_fn = compact_fn.of(fn)"
+            )
+
         def make() -> tuple[Graph, Reduced]:
-            graph = trace(self._fn, self._full, *args, updates=self._updates, **kwargs)
+            graph = trace(fn, self._full, *args, updates=self._updates, **kwargs)
             masked = [
                 [~np.isin(np.arange(n), index) for n, index in zip(shape, left, strict=True)]
                 for shape, left in zip(graph.shapes, self._kept, strict=True)
@@ -120,6 +154,15 @@ class CompactFunction:
             left = found.plan.kept[found.plan.program.outputs[position]]
             outs[position] = _moved(outs[position], left, self._kept[leaf])
         return found.plan.program.out_tree.unflatten(outs)
+
+
+def _index(index: Any, size: int) -> np.ndarray:
+    """Indices of the entries that are left of an axis, checked."""
+    index = np.asarray(index)
+    rises = index.ndim == 1 and index.dtype == np.int32 and bool((np.diff(index) > 0).all())
+    if not rises or (index.size and not 0 <= index[0] <= index[-1] < size):
+        raise ValueError(f"indices that do not fit an axis of {size}")
+    return index
 
 
 def _moved(x: Any, before: Kept, after: Kept) -> Any:

@@ -242,6 +242,52 @@ def test_loading_onto_a_mesh(params, tmp_path):
             jp.export.load(tmp_path / "x", like=wrong)
 
 
+def three_layers(p, x):
+    hidden = jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"])
+    return hidden @ p["c"]
+
+
+def compacted():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"a": (4, 8), "b": (8, 6), "c": (6, 3)}
+    p = {k: jax.random.normal(key, shapes[k]) for k, key in zip(shapes, keys, strict=True)}
+    graph = jp.trace(three_layers, p, jnp.ones((2, 4)))
+    masks = jp.structure.unit_masks(graph, jp.scores.magnitude(p), sparsity=0.4)
+    return p, masks, jp.compact(three_layers, p, masks, jnp.ones((2, 4)))
+
+
+def test_compact_functions_go_with_their_parameters(tmp_path):
+    p, masks, pair = compacted()
+    jp.export.save(tmp_path / "pair", pair)
+    compact_fn, small = jp.export.load(tmp_path / "pair")
+    same(small, pair[1])
+    x = jax.random.normal(jax.random.key(1), (5, 4))
+    with pytest.raises(TypeError, match=r"compact_fn\.of\(fn\)"):
+        compact_fn(small, x)
+    np.testing.assert_array_equal(compact_fn.of(three_layers)(small, x), pair[0](pair[1], x))
+    np.testing.assert_allclose(
+        compact_fn.of(three_layers)(small, x), three_layers(jp.apply_masks(p, masks), x), atol=1e-5
+    )
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    _, placed = jp.export.load(tmp_path / "pair", sharding=everywhere)
+    assert all(leaf.sharding == everywhere for leaf in jax.tree.leaves(placed))
+    again, like = jp.export.load(tmp_path / "pair", like=pair)
+    same(like, small)
+    np.testing.assert_array_equal(again.of(three_layers)(like, x), pair[0](pair[1], x))
+
+
+def test_compact_functions_of_states_and_of_emptied_layers(tmp_path):
+    state = nnx.state(nnx.Linear(4, 6, rngs=nnx.Rngs(0)))
+    fn = lambda s, x: x + jax.nn.relu(x @ s["kernel"][...] + s["bias"][...]) @ jnp.ones((6, 4))
+    masks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, bool), state)
+    pair = jp.compact(fn, state, masks, jnp.ones((2, 4)))
+    jp.export.save(tmp_path / "pair", pair)
+    compact_fn, small = jp.export.load(tmp_path / "pair")
+    x = jax.random.normal(jax.random.key(1), (5, 4))
+    np.testing.assert_array_equal(compact_fn.of(fn)(small, x), pair[0](pair[1], x))
+
+
 def test_classes_are_looked_up_in_a_list(tmp_path):
     tree = {"m": Mine(jnp.arange(3), {"x": 1})}
     jp.export.save(tmp_path / "x", tree)
@@ -304,13 +350,14 @@ def refusal(folder):
 
 
 def test_malformed_folders_are_refused_in_one_voice(params, tmp_path):
-    """1,300 malformed manifests: flipped bits, cuts, and changes with a checksum that is right."""
+    """1,700 malformed manifests: flipped bits, cuts, and changes with a checksum that is right."""
     random = Random(0)
     small = {"w": params["dense"]["kernel"], "v": [jnp.arange(3), 2.5, None]}
     trees = (
         jp.quantize_tree(small, bits=4),
         jp.cluster_tree(small, bits=2),
         {"m": jp.pack_masks({"a": params["embed"] > 0}), "o": optax.adam(0.1).init(small)},
+        compacted()[-1],
     )
     for number, tree in enumerate(trees):
         folder = tmp_path / str(number)

@@ -1,5 +1,7 @@
 """Training on the grid: gradients by formula, and conversion that changes nothing."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,3 +215,44 @@ def test_learned_steps_stay_positive_at_any_rate():
                 assert bool(jnp.isfinite(leaf.materialize()).all())
                 alive = jnp.abs(leaf.materialize()).max(0) > 0
                 assert bool(alive.all())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("training", ["lsq", "pact"])
+def test_learned_zero_points_of_inputs_follow_gradients(optimizer, training):
+    """Scale and zero point of activations train with the rest; what training gives is what converts."""
+    params, x, y = problem()
+    tree = jp.qat.prepare(params, bits=4)
+    stats = jp.calibrate(fn, params, [x + 2.0])  # another range than training sees
+    tree = jp.quantize_activations(tree, stats, training=training, symmetric=False, bits=4)
+    tree, _ = trained(tree, x, y, OPTIMIZERS[optimizer]())
+    small, run = jp.qat.convert(tree), jp.compressed(fn)
+    for leaf in small.values():
+        assert float(leaf.input.zero_point) == round(float(leaf.input.zero_point))
+        assert leaf.input.range[0] <= leaf.input.zero_point <= leaf.input.range[1]
+    wanted = run(tree, x)
+    off = np.abs(run(small, x) - wanted) > 2e-3 * np.abs(wanted).max()
+    assert off.mean() < 0.05  # where an activation lies between two levels, rounding may tip over
+
+
+def test_gradients_of_zero_points_are_those_of_lsq_plus():
+    x = jnp.array([0.3, -9.0, 5.0, 9.0, 0.26])
+    weights = jnp.arange(1.0, 6.0)
+    for training in ("lsq", "pact"):
+        how = jp.quantize.InputScale(jnp.float32(0.5), jnp.float32(1.2), 3, training)
+        grads = jax.grad(lambda how: jnp.sum(how.rounded(x) * weights))(how)
+        clipped = (np.asarray(x) / 0.5 + 1 < -4) | (np.asarray(x) / 0.5 + 1 > 3)
+        np.testing.assert_allclose(grads.zero_point, -0.5 * np.sum(weights[clipped]), rtol=1e-5)
+
+
+def test_fixed_input_scales_beside_weights_that_train_are_told():
+    params, x, _ = problem()
+    stats = jp.calibrate(fn, params, [x])
+    with pytest.warns(UserWarning, match=r"input scale of leaf 'a', … is fixed.*training='lsq'"):
+        jp.quantize_activations(jp.qat.prepare(params), stats)
+    with pytest.warns(UserWarning, match="fixed"):
+        jp.qat.prepare(jp.quantize_activations(params, stats))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jp.qat.prepare(jp.quantize_activations(params, stats, training="pact"))
+        jp.qat.prepare(jp.quantize_activations(params, mode="dynamic"))
