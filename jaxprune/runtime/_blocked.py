@@ -18,6 +18,11 @@ from jaxprune.runtime._decoders import Block, BlockDecoder
 from jaxprune.runtime._rules import rule_of
 
 BLOCK = 2**21  # entries that become numbers at a time
+FEW_ROWS, FEW_ROWS_BLOCK = (
+    4,
+    2**18,
+)  # products of few rows wait for memory: theirs stay in the L2 cache
+PADS_ROWS = jax.__version_info__ < (0, 11)  # XLA decoded anew for each result of a single row
 
 Multiply = Callable[[list[Array], Block, Any], list[Array]]
 """`(xs, codes of a block, extra) -> results`, each x and result as in `_layout`."""

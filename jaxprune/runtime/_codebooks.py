@@ -141,7 +141,7 @@ def _kind(w: ClusteredArray, layout: Layout) -> tuple[Kind, str]:
     factors = _factored_scales(w, layout)
     few = w.clusters <= SELECTED_BYTES and layout.depth <= _LONGEST
     if few and not isinstance(factors, str):
-        return Kind.PACKED_INTEGER, ""
+        return Kind.INTEGER_CODEWORD, ""
     reason = factors if isinstance(factors, str) else "many codewords"
     return (Kind.FEW_CODEWORDS if w.clusters <= SELECTED else Kind.MANY_CODEWORDS), reason
 

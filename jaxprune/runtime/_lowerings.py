@@ -34,7 +34,7 @@ from jaxprune.runtime._activations import (
     with_known_scale,
 )
 from jaxprune.runtime._barrier import barrier
-from jaxprune.runtime._blocked import blocked_product
+from jaxprune.runtime._blocked import BLOCK, FEW_ROWS, FEW_ROWS_BLOCK, PADS_ROWS, blocked_product
 from jaxprune.runtime._decoders import Block
 from jaxprune.runtime._derivatives import differentiated
 from jaxprune.runtime._integers import LONGEST
@@ -236,9 +236,12 @@ def _blocked(x: Array, w: Any, layout: Layout, how: How) -> Array:
         inner, outer = factors
         of = lambda part: part.unscaled()
     multiply = lambda xs, part, _: [layout.of(part.codes).dot(x, of(part), jnp.float32) for x in xs]
+    at = len(layout.batch)
     x = times_inner(x, inner, layout)
-    y = blocked_product([x[None]], w, None, layout, multiply)
-    y = added(y, len(layout.batch), layout.rows)
+    x = _padded(x[None], at + 1) if PADS_ROWS else x[None]
+    block = FEW_ROWS_BLOCK if is_few(layout.rows, FEW_ROWS) else BLOCK
+    y = blocked_product([x], w, None, layout, multiply, block=block)
+    y = added(y, at, layout.rows)
     return y if outer is None else y * beside(outer, layout)
 
 

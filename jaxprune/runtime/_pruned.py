@@ -36,7 +36,7 @@ def _decoder(w: SparseArray) -> BlockDecoder:
     groups = w.groups if w.axis == -w.ndim and w.length % w.m == 0 else 1
     found = dense_decoder(whole, groups, NMBlock)
     leading = lambda q, start, size: q.leading(start, size)
-    return found._replace(leading=leading, is_cut=False)
+    return found._replace(leading=leading)
 
 
 def as_quantized(w: SparseArray) -> Any:

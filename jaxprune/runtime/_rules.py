@@ -22,6 +22,7 @@ class Kind(StrEnum):
 
     INTEGER = "integer"
     PACKED_INTEGER = "packed_integer"
+    INTEGER_CODEWORD = "integer_codeword"
     GROUPED_INTEGER = "grouped_integer"
     NUMBER = "number"  # scales factor out, but products are no 8-bit ones
     NF4_LEVEL = "nf4_level"
@@ -31,7 +32,7 @@ class Kind(StrEnum):
     VALUE = "value"
 
 
-INTEGERS = (Kind.INTEGER, Kind.PACKED_INTEGER)
+INTEGERS = (Kind.INTEGER, Kind.PACKED_INTEGER, Kind.INTEGER_CODEWORD)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Which lowering is fastest for each kind of codes and number of rows: defaults, and what was measured.
 
-Measured on CPU (`benchmarks/compressed.py`, `jaxprune tune`): an integer product of 8-bit codes runs
-several times faster than a float one, from two rows on, and two int8 parts of activations make it
-precise and still faster. Codes that are no integers, or whose scales differ within a sum, become numbers
-block by block; few codewords are split again where rows are few. Compilers for GPU and TPU fuse the
-conversion of codes into a float product.
+Measured on CPU (`benchmarks/compressed.py`, `jaxprune tune`), for each JAX: products of few rows wait for
+memory, so that codes become floats block by block in the cache; of more rows an integer product of 8-bit
+codes runs several times faster than a float one, and two int8 parts of activations make it precise and
+still faster. Codes that are no integers, or whose scales differ within a sum, become numbers block by
+block; few codewords are split again where rows are few. Compilers for GPU and TPU fuse the conversion of
+codes into a float product.
 """
 
 import json
@@ -15,29 +16,43 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxprune.runtime._lowerings import LOWERINGS
-from jaxprune.runtime._rules import Kind
+from jaxprune.runtime._rules import INTEGERS, Kind
 
 VERSION = 2
 
 Thresholds = dict[Kind, list[tuple[int, str]]]
 """Per kind of codes: up to so many rows, such a lowering; the last has no bound (-1)."""
 
+_INTEGERS: list[tuple[int, str]] = [(4, "blocked"), (-1, "int8_split")]
+_SPLITS: list[tuple[int, str]] = [(64, "blocked_int8_split"), (-1, "blocked")]
+_BEFORE_0_11: Thresholds = {  # products of single rows are slow there unless they are of integers
+    Kind.INTEGER: [(1, "int8_split"), *_INTEGERS],
+    Kind.PACKED_INTEGER: [(1, "int8_split"), *_INTEGERS],
+    Kind.GROUPED_INTEGER: [(1, "groups"), (-1, "blocked")],
+    Kind.NF4_LEVEL: _SPLITS,
+    Kind.FEW_CODEWORDS: _SPLITS,
+    Kind.NM_VALUE: [(8, "dense"), (64, "blocked_int8_split"), (-1, "dense")],
+}
+
 DEFAULTS: dict[str, Thresholds] = {
     "cpu": {
-        Kind.INTEGER: [(-1, "int8_split")],
-        Kind.PACKED_INTEGER: [(-1, "int8_split")],
-        Kind.GROUPED_INTEGER: [(64, "groups"), (-1, "blocked")],
+        Kind.INTEGER: _INTEGERS,
+        Kind.PACKED_INTEGER: _INTEGERS,
+        Kind.INTEGER_CODEWORD: [(-1, "int8_split")],
+        Kind.GROUPED_INTEGER: [(-1, "blocked")],
         Kind.NUMBER: [(-1, "blocked")],
         Kind.VALUE: [(-1, "blocked")],
-        Kind.NF4_LEVEL: [(64, "blocked_int8_split"), (-1, "blocked")],
-        Kind.FEW_CODEWORDS: [(64, "blocked_int8_split"), (-1, "blocked")],
+        Kind.NF4_LEVEL: [(4, "blocked"), *_SPLITS],
+        Kind.FEW_CODEWORDS: [(4, "blocked"), *_SPLITS],
         Kind.MANY_CODEWORDS: [(-1, "blocked")],
-        Kind.NM_VALUE: [(8, "dense"), (64, "blocked_int8_split"), (-1, "dense")],
+        Kind.NM_VALUE: [(1, "blocked"), (64, "blocked_int8_split"), (-1, "dense")],
+        **(_BEFORE_0_11 if jax.__version_info__ < (0, 11) else {}),
     },
     "other": {
-        kind: [(-1, "converted" if kind in ("integer", "packed_integer", "number") else "dense")]
-        for kind in Kind
+        kind: [(-1, "converted" if kind in (*INTEGERS, Kind.NUMBER) else "dense")] for kind in Kind
     },
 }
 

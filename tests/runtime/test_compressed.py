@@ -123,7 +123,7 @@ def test_stacked_layers_stay_compressed_in_scan():
         return jax.lax.scan(lambda y, w: (y + jnp.tanh(y @ w["w"]), None), x, p)[0]
 
     tree = jp.quantize_tree({"w": 0.3 * normal(4, 16, 16)}, bits=4)
-    x = normal(3, 16, seed=1)
+    x = normal(6, 16, seed=1)
     run = jp.compressed(fn)
     assert error(fn(jp.dequantize_tree(tree), x), jax.jit(run)(tree, x)) < 1e-3
     assert [choice.lowering for choice in run.choices] == ["int8_split"]
@@ -312,7 +312,7 @@ RULES = {"integer": [[2, "int8_split"], [-1, "blocked"]]}
 
 def lowering(tuning=None, platform=None):
     run = jp.compressed(lambda p, x: x @ p["w"], tuning=tuning, platform=platform)
-    return run.explain(TREE, jnp.ones((3, 16))).choices[0].lowering
+    return run.explain(TREE, jnp.ones((9, 16))).choices[0].lowering
 
 
 def test_measured_thresholds(monkeypatch, tmp_path):
