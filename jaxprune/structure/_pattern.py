@@ -11,6 +11,7 @@ from jaxprune.graph import Graph, places_of
 from jaxprune.structure._scoring import (
     NORMALIZATIONS,
     REDUCTIONS,
+    kernels_of,
     like_params,
     normalized,
     open_groups,
@@ -48,7 +49,7 @@ class Units:
         graph: Graph,
         *,
         reduce: str = "mean",
-        normalize: str = "mean",
+        normalize: str = "none",
         min_units: int = 1,
         ignore: Sequence[str] = (),
     ) -> None:
@@ -57,6 +58,7 @@ class Units:
         _checks.positive_int("min_units", min_units)
         self._graph, self._reduce, self._normalize = graph, reduce, normalize
         self._min_units = min_units
+        self._kernels = kernels_of(graph) if reduce == "kernels" else frozenset()
         self._groups = open_groups(graph, ignore)
         self._places = [places_of(graph, group) for group in self._groups]
 
@@ -66,7 +68,7 @@ class Units:
         leaves = [jnp.asarray(x) for x in self._graph.treedef.flatten_up_to(scores)]
         found = []
         for group, places in zip(self._groups, self._places, strict=True):
-            x = score_units(leaves, places, group.size, self._reduce)
+            x = score_units(leaves, places, group.size, self._reduce, self._kernels)
             x = normalized(x, self._normalize)
             best = jnp.argsort(-x, stable=True)[: self._min_units]
             found.append(x.at[best].set(jnp.inf))

@@ -1,6 +1,6 @@
 """Scores of units, gathered from the scores of all entries of all their slices."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,47 +10,70 @@ from jaxprune import _trees
 from jaxprune._types import Masks, PyTree
 from jaxprune.graph import Graph, Group, Place
 
-REDUCTIONS = ("mean", "l1", "l2", "max", "first")
+REDUCTIONS = ("kernels", "mean", "l1", "l2", "max", "first")
 NORMALIZATIONS = ("mean", "none", "max", "sum", "gaussian")
 _TINY = 1e-30
 
 
-def score_units(leaves: Sequence[Any], places: list[Place], size: int, reduce: str) -> Any:
+def score_units(
+    leaves: Sequence[Any],
+    places: list[Place],
+    size: int,
+    reduce: str,
+    kernels: Collection[int] = (),
+) -> Any:
     """One score per unit: NumPy arrays from NumPy leaves, JAX arrays from JAX leaves.
 
     Scores of `-inf` belong to entries that are masked already and do not count; a unit that has no others
     scores `-inf`. Leaves that score a scalar say nothing; a unit that nothing scores stays: `+inf`.
     """
     scored = [place for place in places if leaves[place.leaf].ndim]
+    if reduce == "kernels":
+        scored = [place for place in scored if place.leaf in kernels] or scored
     scored = scored[:1] if reduce == "first" else scored
     on_host = all(isinstance(x, np.ndarray) for x in leaves)
     xp: Any = np if on_host else jnp
     total = xp.full(size, -np.inf) if reduce == "max" else xp.zeros(size)
     count = xp.zeros(size)
-    wide = np.float64 if on_host else None
     for place in scored:
-        x = leaves[place.leaf]
-        rest = tuple(i for i in range(x.ndim) if i != place.axis)
-        if on_host and not np.isneginf(np.min(x, initial=0)):
-            counts = np.full(x.shape[place.axis], x.size // x.shape[place.axis])
-        else:
-            known = x > -np.inf
-            counts, x = known.sum(axis=rest), xp.where(known, x, -np.inf if reduce == "max" else 0)
-        if reduce == "max":
-            each = x.max(axis=rest)
-        elif reduce == "l1":
-            each = xp.abs(x).sum(axis=rest, dtype=wide)
-        else:
-            each = (x * x if reduce == "l2" else x).sum(axis=rest, dtype=wide)
+        each, counts = _of_slices(leaves[place.leaf], place.axis, reduce, on_host)
+        if reduce == "kernels":
+            own = _gathered(xp.zeros(size), each, place, "add")
+            known = _gathered(xp.zeros(size), counts, place, "add")
+            total, count = total + own / xp.maximum(known, 1), count + (known > 0)
+            continue
         total = _gathered(total, each, place, "max" if reduce == "max" else "add")
         count = _gathered(count, counts, place, "add")
     if not scored:
         return xp.full(size, np.inf)
-    if reduce in ("mean", "first"):
+    if reduce in ("kernels", "mean", "first"):
         total = total / xp.maximum(count, 1)
     total = xp.sqrt(total) if reduce == "l2" else total
     touched = np.bincount(np.concatenate([p.units for p in scored]), minlength=size) > 0
     return xp.where(touched, xp.where(count > 0, total, -np.inf), np.inf)
+
+
+def _of_slices(x: Any, axis: int, reduce: str, on_host: bool) -> tuple[Any, Any]:
+    """What each slice along an axis adds to the score of its unit, and of how many entries."""
+    xp: Any = np if on_host else jnp
+    wide = np.float64 if on_host else None
+    rest = tuple(i for i in range(x.ndim) if i != axis)
+    if on_host and not np.isneginf(np.min(x, initial=0)):
+        counts = np.full(x.shape[axis], x.size // x.shape[axis])
+    else:
+        known = x > -np.inf
+        counts, x = known.sum(axis=rest), xp.where(known, x, -np.inf if reduce == "max" else 0)
+    if reduce == "max":
+        return x.max(axis=rest), counts
+    if reduce == "l1":
+        return xp.abs(x).sum(axis=rest, dtype=wide), counts
+    return (x * x if reduce == "l2" else x).sum(axis=rest, dtype=wide), counts
+
+
+def kernels_of(graph: Graph) -> frozenset[int]:
+    """Positions of the leaves that products and convolutions use."""
+    kinds = [uses.kind for uses in graph.treedef.flatten_up_to(graph.uses)]
+    return frozenset(i for i, kind in enumerate(kinds) if kind in ("product", "convolution"))
 
 
 def _gathered(total: Any, each: Any, place: Place, how: str) -> Any:

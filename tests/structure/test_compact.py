@@ -135,7 +135,7 @@ class TestUnitMasks:
         return fn, params, x, jp.trace(fn, params, x)
 
     @pytest.mark.parametrize("scope", ["global", "leaf", "isomorphic"])
-    @pytest.mark.parametrize("reduce", ["mean", "l1", "l2", "max", "first"])
+    @pytest.mark.parametrize("reduce", ["kernels", "mean", "l1", "l2", "max", "first"])
     @pytest.mark.parametrize("normalize", ["mean", "none", "max", "sum", "gaussian"])
     def test_sparsity(self, traced, scope, reduce, normalize):
         fn, params, x, graph = traced
