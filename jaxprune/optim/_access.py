@@ -12,10 +12,10 @@ from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params, PyTree
 from jaxprune.masks import PackedTree
 from jaxprune.optim._fit import spread_over, takes_update
-from jaxprune.optim._gradual import GradualState
 from jaxprune.optim._masked import MaskedState, held_masks
+from jaxprune.optim._moving import SparseState
 
-_HOLDERS = (MaskedState, GradualState)
+_HOLDERS = (MaskedState, SparseState)
 _EXPECTED = (
     "opt_state: expected the state of one masking transform, found {}; "
     "wrap the optimizer once, with jp.masked_update or jp.optim.gradual"
@@ -78,7 +78,9 @@ def replace_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
     new = jax.tree.map(lambda f, m: jnp.array(jnp.broadcast_to(m, f.shape)), full, masks)
     new = PackedTree.of(new) if isinstance(holder.masks, PackedTree) else new
     return jax.tree.map(
-        lambda node: node._replace(masks=new) if isinstance(node, _HOLDERS) else node,
+        lambda node: (
+            node._replace(masks=new, stale=jnp.array(True)) if isinstance(node, _HOLDERS) else node
+        ),
         opt_state,
         is_leaf=lambda node: isinstance(node, _HOLDERS),
     )
