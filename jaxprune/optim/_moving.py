@@ -172,7 +172,8 @@ def no_changes() -> Changes:
 
 def _logged(changes: Changes, old: Masks, new: Masks, step: Array) -> Changes:
     pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
-    count = lambda flags: sum(jnp.sum(f, dtype=jnp.int32).astype(jnp.float32) for f in flags)
+    total = lambda flag: jnp.sum(flag, dtype=jnp.int32).astype(jnp.float32)
+    count = lambda flags: jnp.sum(jnp.stack([total(flag) for flag in flags]))
     dropped = count(a & ~b for a, b in pairs)
     regrown = count(~a & b for a, b in pairs)
     return Changes(changes.moves + 1, jnp.asarray(step, jnp.int32), dropped, regrown)
@@ -195,7 +196,7 @@ def _planted(
     """The updates, with fresh values for weights that are brought back."""
 
     def plant(updates: PyTree) -> PyTree:
-        values = rule.fresh(params, *given)  # ty: ignore[call-non-callable]
+        values = rule.fresh(params, *given)  # ty: ignore[not-callable]
         put = lambda _, u, v, p, a, b: jnp.where(b & ~a, (v - p).astype(u.dtype), u)
         return _trees.map_with_path(put, updates, values, params, old, new)
 
