@@ -15,7 +15,17 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune import _checks
 
-__all__ = ["alternating", "annealed", "between", "cosine", "cubic", "linear", "one_shot"]
+__all__ = [
+    "alternating",
+    "annealed",
+    "between",
+    "cosine",
+    "cubic",
+    "linear",
+    "one_shot",
+    "polynomial",
+    "scaled",
+]
 
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
@@ -102,6 +112,76 @@ def cosine(
       [0.0, 0.4, 0.8]
     """
     return _ramp(lambda t: (1.0 - jnp.cos(jnp.pi * t)) / 2.0, final, begin, end, every, initial)
+
+
+def polynomial(
+    final: float, *, begin: int = 0, end: int, every: int = 1, power: int = 3
+) -> Schedule:
+    """The ramp of jaxpruner: `s (1 - (1 - p)^power)` with `p = (step + 1 - begin) / (end - begin)`.
+
+    It changes at multiples of `every` within `[begin, end]`, one step ahead of `cubic`, and stays as it
+    is after `end`.
+
+    Args:
+      final: the sparsity that the ramp reaches, in [0, 1].
+      begin: first step of the ramp, at least 0.
+      end: last step at which the sparsity changes, at least `begin`; at `begin`, one jump.
+      every: it changes at multiples of this, at least 1.
+      power: of the remaining distance, at least 1.
+
+    Returns:
+      A traceable function from a step to a float32 scalar.
+
+    Raises:
+      ValueError: a sparsity outside [0, 1], `end` before `begin`, or no multiple of `every` in between.
+
+    Example:
+      >>> schedule = jp.schedules.polynomial(0.8, begin=10, end=20, every=5)
+      >>> [round(float(schedule(step)), 3) for step in (9, 10, 14, 15, 20, 100)]
+      [0.0, 0.217, 0.217, 0.749, 0.8, 0.8]
+    """
+    _checks.fraction("final", final)
+    _checks.positive_int("begin", begin, least=0)
+    _checks.positive_int("end", end, least=0)
+    _checks.positive_int("every", every)
+    _checks.positive_int("power", power)
+    if end < begin:
+        raise ValueError(f"end: expected a step not before begin={begin}, got {end}")
+    first, last = -(-begin // every) * every, end // every * every
+    if last < first:
+        raise ValueError(
+            f"every: no multiple of {every} lies in [begin, end] = [{begin}, {end}]; choose another"
+        )
+
+    def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
+        step = jnp.asarray(step)
+        at = jnp.minimum(step // every * every, last)
+        done = jnp.clip(at + 1 - begin, 0, end - begin).astype(jnp.float32)
+        p = done / jnp.float32(end - begin) if end > begin else jnp.float32(1)
+        value = final * (1.0 - (1.0 - p) ** power)
+        return jnp.where(step >= first, value, 0.0).astype(jnp.float32)
+
+    return schedule
+
+
+def scaled(schedule: Schedule, budget: Any) -> Callable[[Any], Any]:
+    """A schedule for each leaf: `schedule(step)` times the leaf's fraction.
+
+    Args:
+      schedule: `step -> number in [0, 1]`.
+      budget: tree of fractions like the parameters, such as `jp.budgets.erk(params, 0.9)`.
+
+    Returns:
+      A function from a step to a tree of float32 scalars.
+
+    Example:
+      >>> ramp = jp.schedules.linear(1.0, end=10)
+      >>> jax.tree.map(float, jp.schedules.scaled(ramp, {"a": 0.5, "b": 0.0})(5))
+      {'a': 0.25, 'b': 0.0}
+    """
+    return lambda step: jax.tree.map(
+        lambda fraction: jnp.asarray(schedule(step) * fraction, jnp.float32), budget
+    )
 
 
 def one_shot(final: float, *, at: int = 0, initial: float = 0.0) -> Schedule:

@@ -12,10 +12,11 @@ from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params, PyTree
 from jaxprune.masks import PackedTree
 from jaxprune.optim._fit import spread_over, takes_update
-from jaxprune.optim._gradual import GradualState
+from jaxprune.optim._forward import ForwardState, masked_where
 from jaxprune.optim._masked import MaskedState, held_masks
+from jaxprune.optim._moving import SparseState
 
-_HOLDERS = (MaskedState, GradualState)
+_HOLDERS = (MaskedState, SparseState, ForwardState)
 _EXPECTED = (
     "opt_state: expected the state of one masking transform, found {}; "
     "wrap the optimizer once, with jp.masked_update or jp.optim.gradual"
@@ -41,7 +42,7 @@ def get_masks(opt_state: optax.OptState) -> Masks:
       >>> jp.optim.get_masks(tx.init({"w": jnp.ones(2)}))
       {'w': Array([ True, False], dtype=bool)}
     """
-    return held_masks(_only(opt_state))
+    return held_masks(holder_of(opt_state))
 
 
 def replace_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
@@ -68,7 +69,12 @@ def replace_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
       >>> jp.optim.get_masks(state)
       {'w': Array([False,  True], dtype=bool)}
     """
-    holder = _only(opt_state)
+    holder = holder_of(opt_state)
+    if isinstance(holder, ForwardState):
+        raise ValueError(
+            "opt_state: its masks are made anew of the dense weights, so that others would not last; "
+            "use jp.masked_update for masks of your own"
+        )
     old = held_masks(holder)
     _checks.same_structure("masks", masks, "the masks in opt_state", old)
     full = jax.tree.map(
@@ -78,10 +84,43 @@ def replace_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
     new = jax.tree.map(lambda f, m: jnp.array(jnp.broadcast_to(m, f.shape)), full, masks)
     new = PackedTree.of(new) if isinstance(holder.masks, PackedTree) else new
     return jax.tree.map(
-        lambda node: node._replace(masks=new) if isinstance(node, _HOLDERS) else node,
+        lambda node: (
+            node._replace(masks=new, stale=jnp.array(True)) if isinstance(node, _HOLDERS) else node
+        ),
         opt_state,
         is_leaf=lambda node: isinstance(node, _HOLDERS),
     )
+
+
+def sparse_params(opt_state: optax.OptState, params: Params) -> Params:
+    """The parameters that the network runs on: masked, with straight-through gradients.
+
+    For `jp.optim.straight_through`, `top_kast` and `movement`, which train dense weights: the loss is
+    that of `sparse_params(opt_state, params)`, and so is the network in the end. Differentiate with
+    respect to what it returns, or through it, which is the same. For transforms that keep pruned weights
+    at zero it changes nothing.
+
+    Args:
+      opt_state: a state that holds that of exactly one masking transform.
+      params: the parameters.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: no masking transform in the state, more than one, or masks that do not fit.
+
+    Example:
+      >>> params = {"w": jnp.array([[1.0, -2.0], [3.0, 0.5]])}
+      >>> state = jp.optim.straight_through(optax.sgd(0.1), 0.5).init(params)
+      >>> jp.optim.sparse_params(state, params)["w"].tolist()
+      [[0.0, -2.0], [3.0, 0.0]]
+      >>> jax.grad(lambda p: jnp.sum(jp.optim.sparse_params(state, p)["w"]))(params)["w"].tolist()
+      [[1.0, 1.0], [1.0, 1.0]]
+    """
+    masks = get_masks(opt_state)
+    _checks.masks_fit(masks, params)
+    return masked_where(params, masks)
 
 
 def check(opt_state: optax.OptState, params: Params) -> PyTree:
@@ -122,6 +161,11 @@ def check(opt_state: optax.OptState, params: Params) -> PyTree:
 
 
 def _counts(holder: Any, params: Params) -> PyTree:
+    if isinstance(holder, ForwardState):
+        raise ValueError(
+            "opt_state: its transform keeps dense weights, and masks the forward pass only; the sparse "
+            "ones are jp.optim.sparse_params(opt_state, params)"
+        )
     held = held_masks(holder)
     try:
         masks = spread_over(held, params)
@@ -168,7 +212,8 @@ def _holders(opt_state: optax.OptState) -> list[Any]:
     return holders
 
 
-def _only(opt_state: optax.OptState) -> Any:
+def holder_of(opt_state: optax.OptState) -> Any:
+    """The one state of a masking transform in an optimizer state."""
     holders = _holders(opt_state)
     if len(holders) != 1:
         raise ValueError(_EXPECTED.format(len(holders)))

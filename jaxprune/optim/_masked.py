@@ -1,16 +1,18 @@
 """Fixed masks as an optax transform."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool
 
-from jaxprune import _trees
+from jaxprune import _checks, _trees
 from jaxprune._types import MaskFn, Masks, Params
 from jaxprune.masks import PackedTree, masked
 from jaxprune.optim._fit import fitted, is_empty, takes_update
-from jaxprune.optim._states import reset_pruned
+from jaxprune.optim._states import reset_entries
 
 
 class MaskedState(NamedTuple):
@@ -18,10 +20,12 @@ class MaskedState(NamedTuple):
 
     Attributes:
       masks: tree of bools like the parameters, or a `PackedTree` of them.
+      stale: bool scalar, whether the masks are new to `inner_state` (`replace_masks`).
       inner_state: state of the wrapped transform.
     """
 
     masks: Masks
+    stale: Bool[Array, ""]
     inner_state: optax.OptState
 
 
@@ -31,10 +35,10 @@ def masked_update(
     """Train under masks: after every `optax.apply_updates`, masked weights are exactly zero.
 
     Where masked, the update is `-param`, in the dtype that gradients and parameters promote to;
-    `inner` sees zero gradients and zero weights from `init` on, and its state there is that of a fresh
-    zero weight, so that pruned weights enter neither moments nor norms, and start anew when
-    `replace_masks` brings them back. Nothing else of a training loop changes: the masks live in the
-    optimizer state.
+    `inner` sees zero gradients and zero weights from `init` on, and its state there begins as that of a
+    zero weight, again with every change of masks: pruned weights enter neither moments nor norms, and
+    start anew when `replace_masks` brings them back. Nothing else of a training loop changes: the masks
+    live in the optimizer state.
 
     Warning: this goes around the whole optimizer, learning rate included. What follows it in
     `optax.chain` (a learning rate, weight decay, noise) or goes around it (`optax.lookahead`) changes
@@ -67,17 +71,20 @@ def masked_update(
 
     def init(params: Params) -> MaskedState:
         if is_empty(params):  # a placeholder of `optax.tree.map_params`
-            return MaskedState(params, inner.init(params))
+            return MaskedState(params, jnp.array(False), inner.init(params))
         tree = jax.tree.map(lambda m: jnp.array(m, copy=True), fitted(masks, params))
-        return MaskedState(PackedTree.of(tree) if packed else tree, inner.init(keep(params, tree)))
+        held = PackedTree.of(tree) if packed else tree
+        return MaskedState(held, jnp.array(False), inner.init(keep(params, tree)))
 
     def update(
         updates: optax.Updates, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, MaskedState]:
         params = required(params, "masked_update")
         tree = held_masks(state, params)
-        new, inner_state = masked_step(inner, tree, updates, state.inner_state, params, extra)
-        return new, MaskedState(state.masks, inner_state)
+        check_masks(tree, params)
+        inner_state = refreshed(inner, state.inner_state, state.stale, tree, params)
+        new, inner_state = masked_step(inner, tree, updates, inner_state, params, extra)
+        return new, MaskedState(state.masks, jnp.array(False), inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -101,6 +108,48 @@ def required(params: Params | None, name: str) -> Params:
     return params
 
 
+def check_masks(masks: Masks, params: Params) -> None:
+    """Raises where the masks of a state are not those of the parameters, as after a wrong resume."""
+    paths, leaves, treedef = _trees.flatten(params)
+    try:
+        found = treedef.flatten_up_to(masks)
+    except ValueError as error:
+        raise ValueError(
+            "opt_state: its masks have another structure than params; resume into the state of the "
+            f"same parameters and transform ({error})"
+        ) from None
+    for path, leaf, mask in zip(paths, leaves, found, strict=True):
+        _checks.broadcasts("the masks in opt_state", path, jnp.shape(mask), jnp.shape(leaf))
+
+
+def when(flag: Any, f: Callable[..., Any], other: Callable[..., Any], *args: Any) -> Any:
+    """`lax.cond`, or the branch itself where the flag is known: eager calls compile nothing anew."""
+    if _checks.is_traced(flag):
+        return jax.lax.cond(flag, f, other, *args)
+    return f(*args) if bool(flag) else other(*args)
+
+
+def refreshed(
+    inner: optax.GradientTransformationExtraArgs,
+    inner_state: optax.OptState,
+    stale: Any,
+    masks: Masks,
+    params: Params,
+    old: Masks | None = None,
+) -> optax.OptState:
+    """The state of `inner` after a change of masks: only entries kept before and after stay.
+
+    Off the path of other steps, where it is handed on without a copy.
+    """
+
+    def reset(state: optax.OptState) -> optax.OptState:
+        weights = keep(params, masks)
+        both = masks if old is None else jax.tree.map(jnp.logical_and, old, masks)
+        return reset_entries(state, inner.init(weights), both, weights)
+
+    return when(stale, reset, lambda state: state, inner_state)
+
+
 def masked_step(
     inner: optax.GradientTransformationExtraArgs,
     masks: Masks,
@@ -110,14 +159,17 @@ def masked_step(
     extra: dict[str, Any],
 ) -> tuple[optax.Updates, optax.OptState]:
     """A step of `inner` on what the masks leave, and the updates that make the rest zero."""
-    weights = keep(params, masks)
-    inner_state = reset_pruned(inner_state, inner.init(weights), masks, weights)
     fast = isinstance(params, optax.LookaheadParams) and not isinstance(
         grads, optax.LookaheadParams
     )
     kept_grads = keep(grads, masks.fast if fast else masks)
-    updates, inner_state = inner.update(kept_grads, inner_state, weights, **extra)
-    return _trees.map_with_path(_emitted, params, updates, masks), inner_state
+    updates, inner_state = inner.update(kept_grads, inner_state, keep(params, masks), **extra)
+    return emitted(params, updates, masks), inner_state
+
+
+def emitted(params: Params, updates: optax.Updates, masks: Masks) -> optax.Updates:
+    """The updates, `-param` where masked."""
+    return _trees.map_with_path(_emitted, params, updates, masks)
 
 
 def keep(tree: Params, masks: Masks) -> Params:

@@ -13,7 +13,7 @@ class PhasedState(NamedTuple):
     """State of `phased`.
 
     Attributes:
-      step: int32 scalar, updates so far, of any phase; also `.count`, see `GradualState`.
+      step: int32 scalar, updates so far, of any phase; also `.count`, see `SparseState`.
       inner_state: state of the inner transform.
     """
 

@@ -1,4 +1,4 @@
-"""What optimizer states hold of pruned weights."""
+"""What optimizer states hold of weights that masks dropped or brought back."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ import optax
 from jaxprune._types import Masks, Params, is_compressed
 
 
-def reset_pruned(
-    state: optax.OptState, fresh: optax.OptState, masks: Masks, params: Params
+def reset_entries(
+    state: optax.OptState, fresh: optax.OptState, stays: Masks, params: Params
 ) -> optax.OptState:
-    """Gives the entries of pruned weights the values that they have in a `fresh` state.
+    """Give the entries of some weights the values that they have in a `fresh` state.
 
     A leaf of the state belongs to a parameter if its key path holds that parameter's (the last one
     that fits) and its shape ends in the parameter's: moments, averages, copies and histories of any
@@ -22,16 +22,16 @@ def reset_pruned(
     Args:
       state: of any optax transform.
       fresh: what the transform's `init` returns for `params`.
-      masks: tree of bools; True = keep.
+      stays: tree of bools; True where entries stay as they are.
       params: the parameters, masked.
 
     Returns:
       A state like `state`.
     """
     fast = lambda tree: tree.fast if isinstance(tree, optax.LookaheadParams) else tree
-    params, masks = fast(params), fast(masks)
+    params, stays = fast(params), fast(stays)
     items, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_compressed)
-    found = zip(items, treedef.flatten_up_to(masks), strict=True)
+    found = zip(items, treedef.flatten_up_to(stays), strict=True)
     owners = {path: (jnp.shape(p), m) for (path, p), m in found}
     if not any(jnp.ndim(m) for _, m in owners.values()):
         return state
@@ -42,7 +42,9 @@ def reset_pruned(
         mask = _mask_of(path, shape, owners)
         if mask is None and shape[-1:] == (size,):
             mask = jnp.concatenate([jnp.broadcast_to(m, s).ravel() for s, m in owners.values()])
-        return old if mask is None or not mask.ndim else jnp.where(mask, old, new)
+        if mask is None or not mask.ndim:
+            return old
+        return jnp.where(mask, old, jnp.asarray(new, jnp.result_type(old)))
 
     return jax.tree_util.tree_map_with_path(reset, state, fresh)
 
