@@ -1,5 +1,6 @@
 """What a program costs, counted operation by operation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,12 @@ def _costs(
         size = sum(_bytes(program, axes, removed, i) for i in op.outs)
         found.append(OperationCost(op.name, _flops(op, ins, outs), size, op.source))
     return found
+
+
+def operation_flops(op: Operation, axes: Sequence[AxisInfo]) -> float:
+    """FLOPs of one operation that holds no program, at full size."""
+    ins, outs = ([_shape(tuple(axes), None, i) for i in group] for group in (op.ins, op.outs))
+    return _flops(op, ins, outs)
 
 
 def _nested_costs(

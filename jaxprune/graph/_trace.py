@@ -16,6 +16,7 @@ from jaxprune.graph._constraints import Constraints, Solution
 from jaxprune.graph._cost import Cost, cost_of
 from jaxprune.graph._couple import RULES
 from jaxprune.graph._groups import Group, frozen_of, groups_of
+from jaxprune.graph._leaf_flops import leaf_flops
 from jaxprune.graph._nested import nested_rule
 from jaxprune.graph._removal import Removal, masked_slices, removal_of
 from jaxprune.graph._zeros import Work, needed_work, removed_leaves
@@ -74,6 +75,11 @@ class Graph:
     def uses(self) -> PyTree:
         """What the function does with each parameter: tree of `jaxprune.Uses`, see `jp.uses`."""
         return self.treedef.unflatten(uses_of_program(self.program, len(self.paths)))
+
+    @cached_property
+    def leaf_flops(self) -> tuple[float, ...]:
+        """FLOPs of the products with each leaf, in flatten order; see `jp.budgets.flops`."""
+        return leaf_flops(self.program, self.axes, len(self.paths))
 
     def for_inputs(self, params: Params, *args: Any, **kwargs: Any) -> "Graph":
         """The graph of the same function for inputs of these shapes."""

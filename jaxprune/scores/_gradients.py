@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -12,12 +13,13 @@ from jaxprune import _checks, _trees
 from jaxprune._types import Params, PyTree, Scores, Where
 
 
-def taylor(params: Params, grads: PyTree, *, where: Where = None) -> Scores:
+def taylor(params: Params, grads: PyTree, *, uses: Any = None, where: Where = None) -> Scores:
     """`|w g|`: how much the loss changes, to first order, when the weight becomes zero.
 
     Args:
       params: any tree of arrays.
       grads: gradients of the loss, a tree like `params`.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights.
       where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
@@ -34,10 +36,10 @@ def taylor(params: Params, grads: PyTree, *, where: Where = None) -> Scores:
     Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
     https://arxiv.org/abs/1906.10771
     """
-    return _with_gradients(lambda w, g: jnp.abs(w * g), params, "grads", grads, where)
+    return _with_gradients(lambda w, g: jnp.abs(w * g), params, "grads", grads, where, uses)
 
 
-def movement(params: Params, grads: PyTree, *, where: Where = None) -> Scores:
+def movement(params: Params, grads: PyTree, *, uses: Any = None, where: Where = None) -> Scores:
     """`-w g`: positive where a descent step moves the weight away from zero.
 
     Summed over training steps (add up what this returns), it is the score of movement pruning.
@@ -45,6 +47,7 @@ def movement(params: Params, grads: PyTree, *, where: Where = None) -> Scores:
     Args:
       params: any tree of arrays.
       grads: gradients of the loss, a tree like `params`.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights.
       where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
@@ -60,16 +63,17 @@ def movement(params: Params, grads: PyTree, *, where: Where = None) -> Scores:
 
     Reference: Sanh et al., "Movement Pruning", 2020, https://arxiv.org/abs/2005.07683
     """
-    return _with_gradients(lambda w, g: -w * g, params, "grads", grads, where)
+    return _with_gradients(lambda w, g: -w * g, params, "grads", grads, where, uses)
 
 
-def fisher(params: Params, sq_grads: PyTree, *, where: Where = None) -> Scores:
+def fisher(params: Params, sq_grads: PyTree, *, uses: Any = None, where: Where = None) -> Scores:
     """`w^2 F / 2` with the diagonal Fisher information `F = E[g^2]`: Optimal Brain Damage.
 
     Args:
       params: any tree of arrays.
       sq_grads: mean over *examples* of squared per-example gradients, a tree like `params`; entries
         are non-negative.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights.
       where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
@@ -87,7 +91,7 @@ def fisher(params: Params, sq_grads: PyTree, *, where: Where = None) -> Scores:
     dense networks and Fisher pruning", 2018, https://arxiv.org/abs/1801.05787
     """
     return _with_gradients(
-        lambda w, f: 0.5 * jnp.square(w) * f, params, "sq_grads", sq_grads, where
+        lambda w, f: 0.5 * jnp.square(w) * f, params, "sq_grads", sq_grads, where, uses
     )
 
 
@@ -97,11 +101,13 @@ def _with_gradients(
     name: str,
     grads: PyTree,
     where: Where,
+    uses: Any,
 ) -> Scores:
     _checks.same_structure(name, grads, "params", params)
     paths, leaves, treedef = _trees.flatten(params)
-    for path, w, g in zip(paths, leaves, treedef.flatten_up_to(grads), strict=True):
-        if _trees.rank(w) and jnp.shape(g) != w.shape:
+    chosen = _trees.select(params, where, uses=uses)
+    for path, w, g, hit in zip(paths, leaves, treedef.flatten_up_to(grads), chosen, strict=True):
+        if hit and jnp.shape(g) != w.shape:
             raise ValueError(
                 f"{name}: leaf {path!r} has shape {jnp.shape(g)}, its parameter {w.shape}; "
                 "give gradients of these parameters"
@@ -112,4 +118,5 @@ def _with_gradients(
         params,
         grads,
         where=where,
+        uses=uses,
     )

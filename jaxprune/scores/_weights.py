@@ -1,5 +1,7 @@
 """Scores that read the weights alone."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -8,11 +10,12 @@ from jaxprune import _trees
 from jaxprune._types import Params, Scores, Where
 
 
-def magnitude(params: Params, *, where: Where = None) -> Scores:
+def magnitude(params: Params, *, uses: Any = None, where: Where = None) -> Scores:
     """`|w|`: large weights matter.
 
     Args:
       params: any tree of arrays; compressed leaves score as what they stand for.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights.
       where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
@@ -33,15 +36,17 @@ def magnitude(params: Params, *, where: Where = None) -> Scores:
         lambda _: _trees.unpruned_score(),
         params,
         where=where,
+        uses=uses,
     )
 
 
-def random(params: Params, key: jax.Array, *, where: Where = None) -> Scores:
+def random(params: Params, key: jax.Array, *, uses: Any = None, where: Where = None) -> Scores:
     """Uniform random scores in [0, 1): the baseline that every score should beat.
 
     Args:
       params: any tree of arrays.
       key: a PRNG key; each leaf draws from a key of its own.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights.
       where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
@@ -63,10 +68,11 @@ def random(params: Params, key: jax.Array, *, where: Where = None) -> Scores:
         params,
         keys,
         where=where,
+        uses=uses,
     )
 
 
-def lamp(params: Params, *, where: Where = None) -> Scores:
+def lamp(params: Params, *, uses: Any = None, where: Where = None) -> Scores:
     """LAMP: `w^2` over the sum of the squares of all weights in the leaf that are not smaller.
 
     Within a leaf the order is that of magnitude; between leaves it balances the layers, since the
@@ -74,6 +80,7 @@ def lamp(params: Params, *, where: Where = None) -> Scores:
 
     Args:
       params: any tree of arrays.
+      uses: of `jp.uses(fn, params, *args)`: which leaves are weights.
       where: which leaves are scored; by default the weights, see `jp.quantize_tree`.
 
     Returns:
@@ -90,7 +97,11 @@ def lamp(params: Params, *, where: Where = None) -> Scores:
     https://arxiv.org/abs/2010.07611
     """
     return _trees.map_selected(
-        lambda w: _lamp(_trees.dense(w)), lambda _: _trees.unpruned_score(), params, where=where
+        lambda w: _lamp(_trees.dense(w)),
+        lambda _: _trees.unpruned_score(),
+        params,
+        where=where,
+        uses=uses,
     )
 
 
