@@ -73,7 +73,9 @@ def test_products(kind, layout, rows):
     (choice,) = {c.lowering for c in run.choices}
     # scales of the contracted indices do not factor out of nf4 levels
     levels = "blocked" if layout == "n,k" else "blocked_int8_split"
-    assert choice == {"nf4": levels, "float8": "blocked"}.get(kind, "int8_split")
+    wanted = {"nf4": levels, "float8": "blocked"}.get(kind, "int8_split")
+    single = rows == 1 and jax.__version_info__ >= (0, 11)
+    assert choice == ("blocked" if single else wanted)
 
 
 def test_zero_huge_and_tiny_activations():

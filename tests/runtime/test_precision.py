@@ -133,9 +133,9 @@ def test_maps_keep_the_branch():
     """Mapped over rows, a product is still one of integers where all rows allow it."""
     tree = jp.quantize_tree({"w": jnp.asarray(normal(K, N), jnp.float32)})
     run = jp.compressed(lambda p, x: x @ p["w"])
-    text = str(jax.make_jaxpr(jax.vmap(run, (None, 0)))(tree, jnp.ones((6, 2, K))))
+    text = str(jax.make_jaxpr(jax.vmap(run, (None, 0)))(tree, jnp.ones((6, 8, K))))
     assert "cond[" in text
-    x = jnp.asarray(normal(6, 2, K), jnp.float32)
+    x = jnp.asarray(normal(6, 8, K), jnp.float32)
     np.testing.assert_allclose(
         jax.vmap(run, (None, 0))(tree, x), x @ tree["w"].materialize(), rtol=1e-2, atol=1e-2
     )
