@@ -14,7 +14,6 @@ from jaxprune import (
     budgets,
     calibration,
     masks,
-    optim,
     quantize,
     schedules,
     scores,
@@ -32,7 +31,6 @@ from jaxprune.masks import (
     sparsity,
     unpack_masks,
 )
-from jaxprune.optim import masked_update
 from jaxprune.program import uses
 from jaxprune.quantize import (
     QuantizedArray,
@@ -55,7 +53,8 @@ from jaxprune.sparse import SparseArray, sparsify_tree
 from jaxprune.structure import compact
 
 if TYPE_CHECKING:
-    from jaxprune import distill, export, gates, linen, nnx, qat
+    from jaxprune import distill, export, gates, linen, nnx, optim, qat
+    from jaxprune.optim import masked_update
 
 __version__ = "0.1.0"
 
@@ -106,14 +105,16 @@ __all__ = [
     "uses",
 ]
 
-_WHEN_USED = ("distill", "export", "gates", "linen", "nnx", "qat")  # imports stay quick
+_WHEN_USED = ("distill", "export", "gates", "linen", "nnx", "optim", "qat")  # imports stay quick
 
 
 def __getattr__(name: str) -> Any:
+    if name == "masked_update":
+        return importlib.import_module("jaxprune.optim").masked_update
     if name in _WHEN_USED:
         return importlib.import_module(f"jaxprune.{name}")
     raise AttributeError(f"module 'jaxprune' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHEN_USED})
+    return sorted({*globals(), *__all__})

@@ -95,7 +95,7 @@ class CompressedFunction:
 
         Example:
           >>> run = jp.compressed(lambda p, x: x @ p["w"])
-          >>> found = run.explain(jp.quantize_tree({"w": jnp.ones((64, 32))}), jnp.ones((2, 64)))
+          >>> found = run.explain(jp.quantize_tree({"w": jnp.ones((64, 32))}), jnp.ones((8, 64)))
           >>> [(choice.path, choice.lowering) for choice in found.choices]
           [('w', 'int8_split')]
         """
@@ -344,9 +344,9 @@ def compressed(
       >>> params = {"w": jnp.ones((64, 32)), "b": jnp.zeros(32)}
       >>> fn = lambda p, x: x @ p["w"] + p["b"]
       >>> run = jp.compressed(fn)
-      >>> y = run(jp.quantize_tree(params, bits=4), jnp.ones((2, 64)))
+      >>> y = run(jp.quantize_tree(params, bits=4), jnp.ones((8, 64)))
       >>> y.shape, [choice.lowering for choice in run.choices]
-      ((2, 32), ['int8_split'])
+      ((8, 32), ['int8_split'])
     """
     _checks.choice("activations", activations, (None, "int8", "float8_e4m3fn"))
     how = None if activations is None else DynamicInput(activations)
