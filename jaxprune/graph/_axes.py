@@ -17,11 +17,20 @@ class AxisInfo:
       ids: per axis one id per index.
       zero: per axis one bool per index: zero once its unit is masked.
       value: the number that all entries have, where it is known.
+      uniform: per axis one bool per index: once their units are masked, all these hold the same along
+        the axis, zero or not. `None` where nothing but `zero` is known.
     """
 
     ids: tuple[np.ndarray, ...]
     zero: tuple[np.ndarray, ...]
     value: float | None = None
+    uniform: tuple[np.ndarray, ...] | None = None
+
+    def alike(self, axis: int) -> np.ndarray:
+        """Which indices of an axis hold the same along it, once their units are masked."""
+        if self.value is not None:
+            return np.ones(len(self.ids[axis]), bool)
+        return self.zero[axis] if self.uniform is None else self.uniform[axis]
 
     @property
     def is_zero(self) -> bool:

@@ -22,7 +22,7 @@ def elementwise(name: str) -> Rule:
         if len(outs) > 1:  # several values side by side, each passed on
             return [AxisInfo(x.ids, x.zero, x.value) for x in ins]
         shape = outs[0]
-        ids, zero = [], []
+        ids, zero, uniform = [], [], []
         for axis, n in enumerate(shape):
             carrying = [x for x in ins if len(x.shape) == len(shape) and x.shape[axis] == n]
             chosen = plainest(x.ids[axis] for x in carrying)
@@ -34,13 +34,22 @@ def elementwise(name: str) -> Rule:
                 for x in ins
             ]
             zero.append(_zero_of(name, params, flags, [x.value for x in ins]))
+            uniform.append(_uniform(name, zero[-1], [x.alike(axis) for x in carrying]))
         known = _passed_on(name, params, ins[0].value)
         whole = [np.array([x.is_zero]) for x in ins]
         if known is None and _zero_of(name, params, whole, [x.value for x in ins])[0]:
             known = 0.0
-        return [AxisInfo(tuple(ids), tuple(zero), known)]
+        return [AxisInfo(tuple(ids), tuple(zero), known, tuple(uniform))]
 
     return rule
+
+
+def _uniform(name: str, zero: np.ndarray, alike: list[np.ndarray]) -> np.ndarray:
+    """Where results are the same along an axis, since all operands are."""
+    if primitive(name).kind is Kind.COLLECTIVE:
+        return zero
+    both = np.logical_and.reduce(alike)
+    return both if (zero <= both).all() else zero
 
 
 def _passed_on(name: str, params: dict[str, Any], value: float | None) -> float | None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph._axes import AxisInfo
+from jaxprune.graph._counted import Derived, counted
 from jaxprune.graph._nested import nested_rule
 from jaxprune.graph._zeros import Work
 from jaxprune.program import Executor, HookResult, Operation, Program, Step, run_operation
@@ -65,7 +66,8 @@ def plan_of(program: Program, axes: tuple[AxisInfo, ...], removed: np.ndarray, w
         outputs=outputs,
         constants={**program.constants, **dict.fromkeys(read)},
     )
-    return Plan(left, work.zero, kept, [x.shape for x in axes])
+    plan = Plan(left, work.zero, kept, [x.shape for x in axes])
+    return Plan(*counted(left, axes, plan.zero, plan.kept, plan.full))
 
 
 def evaluate(plan: Plan, inputs: list[Any]) -> list[Any]:
@@ -85,6 +87,9 @@ def _smaller(plan: Plan, step: Step) -> HookResult:
     gradients of their own.
     """
     operation = step.operation
+    if isinstance(operation.primitive, Derived):
+        shape = plan.shape(operation.outs[0])
+        return HookResult([operation.primitive.run(shape, step.operands)])
     if operation.name == "custom_vjp_call":
         return HookResult(_at_full_size(plan, operation, step.operands))
     if operation.inner and nested_rule(operation) is not None:
@@ -174,7 +179,7 @@ def _broadcast(sides: Sides, operands: list[Any]) -> Any:
 
 
 def _reshape(sides: Sides, operands: list[Any]) -> Any:
-    return jnp.reshape(operands[0], sides.shape)
+    return jax.lax.reshape(operands[0], sides.shape, sides.params.get("dimensions"))
 
 
 def _iota(sides: Sides, operands: list[Any]) -> Any:

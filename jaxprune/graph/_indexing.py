@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxprune.graph._axes import AxisInfo, Rule, joined, passed_or_frozen
@@ -26,11 +27,14 @@ def gather_rule(
             mine = batch[index_batch.index(axis)]
             constraints.equate(x.ids[mine], index.ids[axis])
             zero[to] = x.zero[mine]
+    # what is looked up out of bounds is filled along whole slices, or its index is moved inside
+    fill, is_filled = params["fill_value"], jax.lax.GatherScatterMode.FILL_OR_DROP
+    # (a sum over NaN is NaN, whatever is removed)
+    fills = params["mode"] == is_filled and fill is not None and not np.isnan(fill) and fill != 0
     for axis in range(len(x.ids)):
-        whole = sizes[axis] == x.shape[axis] and axis in kept and axis not in spec.start_index_map
-        if whole:
+        if sizes[axis] == x.shape[axis] and axis in kept:
             to = spec.offset_dims[kept.index(axis)]
-            ids[to], zero[to] = x.ids[axis], x.zero[axis]
+            ids[to], zero[to] = x.ids[axis], x.zero[axis] & (not fills)
         elif axis not in batch:
             constraints.freeze(x.ids[axis], f"looked up by index at {source}")
     constraints.freeze(index.ids[-1], f"indices of a gather at {source}")
@@ -38,7 +42,7 @@ def gather_rule(
 
 
 def scatter_rule(name: str) -> Rule:
-    """Writes into slices of the first operand: axes that no index touches are those of the update."""
+    """Writes into slices of the first operand: axes that are written whole are those of the update."""
 
     def rule(
         constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
@@ -62,8 +66,7 @@ def scatter_rule(name: str) -> Rule:
                 place = spec.update_window_dims[window.index(axis)]
             else:
                 place = None
-            touched = axis in spec.scatter_dims_to_operand_dims
-            if place is None or touched or new.shape[place] != x.shape[axis]:
+            if place is None or new.shape[place] != x.shape[axis]:
                 constraints.freeze(x.ids[axis], reason)
                 if place is not None:
                     constraints.freeze(new.ids[place], reason)

@@ -13,22 +13,22 @@ from jaxprune.graph._shapes import split_axis
 
 
 def reduce_rule(name: str) -> Rule:
-    """A reduction: over indices that are zero when masked, a sum does not see them go."""
+    """A reduction: a sum does not see indices go that are zero when masked; those that are all the same
+    are counted, see `_counted`.
+    """
 
     def rule(
         constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
     ) -> list[AxisInfo]:
         x, found = ins[0], []
         for axis in params["axes"]:
-            unsafe = (
-                ~x.zero[axis]
-                if name in ("reduce_sum", "reduce_or")
-                else np.full(x.shape[axis], True)
-            )
+            unsafe = np.full(x.shape[axis], True)
+            if name in ("reduce_sum", "reduce_or"):
+                unsafe = ~(x.alike(axis) if name == "reduce_sum" else x.zero[axis])
             if not x.is_zero or name != "reduce_sum":
                 constraints.freeze(
                     x.ids[axis][unsafe],
-                    f"{name} at {source} runs over indices that are not zero when masked",
+                    f"{name} at {source} runs over indices that differ when masked",
                 )
         left = [i for i in range(len(x.ids)) if i not in params["axes"]]
         keeps = name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_or")
@@ -38,6 +38,7 @@ def reduce_rule(name: str) -> Rule:
                     tuple(x.ids[i] for i in left),
                     tuple(x.zero[i] & keeps for i in left),
                     0.0 if x.is_zero and keeps else None,
+                    tuple(x.alike(i) for i in left),
                 )
             )
         return found

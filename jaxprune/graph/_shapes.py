@@ -13,24 +13,26 @@ def broadcast_rule(
 ) -> list[AxisInfo]:
     (x, *_), shape = ins, params["shape"]
     where = {to: axis for axis, to in enumerate(params["broadcast_dimensions"])}
-    ids, zero = [], []
+    ids, zero, uniform = [], [], []
     for to, n in enumerate(shape):
         axis = where.get(to)
         if axis is not None and x.shape[axis] == n:
             ids.append(x.ids[axis])
             zero.append(x.zero[axis])
+            uniform.append(x.alike(axis))
         else:
             ids.append(constraints.fresh(n) if n > 1 else np.full(n, FROZEN))
             zero.append(np.full(n, False))
-    return [AxisInfo(tuple(ids), tuple(zero), x.value)]
+            uniform.append(np.full(n, True))
+    return [AxisInfo(tuple(ids), tuple(zero), x.value, tuple(uniform))]
 
 
 def transpose_rule(
     constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
 ) -> list[AxisInfo]:
-    order = params["permutation"]
-    x = ins[0]
-    return [AxisInfo(tuple(x.ids[i] for i in order), tuple(x.zero[i] for i in order), x.value)]
+    x, order = ins[0], params["permutation"]
+    ids, zero, alike = zip(*((x.ids[i], x.zero[i], x.alike(i)) for i in order), strict=True)
+    return [AxisInfo(ids, zero, x.value, alike)]
 
 
 def squeeze_rule(
@@ -40,7 +42,10 @@ def squeeze_rule(
     left = [i for i in range(len(x.ids)) if i not in params["dimensions"]]
     for i in params["dimensions"]:
         constraints.freeze(x.ids[i], f"one entry is picked at {source}")
-    return [AxisInfo(tuple(x.ids[i] for i in left), tuple(x.zero[i] for i in left), x.value)]
+    ids, zero, alike = (
+        tuple(f(i) for i in left) for f in (x.ids.__getitem__, x.zero.__getitem__, x.alike)
+    )
+    return [AxisInfo(ids, zero, x.value, alike)]
 
 
 def blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -68,8 +73,10 @@ def reshape_rule(
     constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
 ) -> list[AxisInfo]:
     x, shape = ins[0], outs[0]
-    if params.get("dimensions") is not None or 0 in shape:
-        return no_rule(constraints, params, source, ins[:1], outs, "reshape with dimensions")
+    if 0 in shape:
+        return no_rule(constraints, params, source, ins[:1], outs, "reshape without entries")
+    if (order := params.get("dimensions")) is not None:  # axes change places first
+        (x,) = transpose_rule(constraints, {"permutation": order}, source, ins[:1], outs)
     ids: dict[int, np.ndarray] = {}
     zero: dict[int, np.ndarray] = {}
     for before, after in blocks(x.shape, shape):
@@ -81,8 +88,20 @@ def reshape_rule(
             ids[axis], zero[axis], merged, flags = split_axis(
                 constraints, merged, flags, shape[axis], rest
             )
-    order = range(len(shape))
-    return [AxisInfo(tuple(ids[i] for i in order), tuple(zero[i] for i in order), x.value)]
+    twins = {to: axis for axis, to in axes_kept(x.shape, shape).items()}
+    uniform = {i: x.alike(twins[i]) if i in twins else zero[i] for i in ids}
+    listed = lambda found: tuple(found[i] for i in range(len(shape)))
+    return [AxisInfo(listed(ids), listed(zero), x.value, listed(uniform))]
+
+
+def axes_kept(before: tuple[int, ...], after: tuple[int, ...]) -> dict[int, int]:
+    """The axes that a reshape leaves whole, and where they are afterwards."""
+    found = {}
+    for left, right in blocks(before, after):
+        ins, outs = [i for i in left if before[i] > 1], [i for i in right if after[i] > 1]
+        if len(ins) == len(outs) == 1:
+            found[ins[0]] = outs[0]
+    return found
 
 
 def _merge(

@@ -7,7 +7,8 @@ import pytest
 from flax import linen as nn
 
 import jaxprune as jp
-import tests.structure._more_networks  # noqa: F401
+import tests.structure._more_networks
+import tests.structure._strangers  # noqa: F401
 from tests.structure._zoo import IMAGE, ZOO, build, normal, randomized
 
 # networks of which nothing may shrink, and the reason that must be given
@@ -15,7 +16,6 @@ WHOLE = {
     "softmax_over_features": "reduce_max",
     "cumulative_and_sorted": "runs along it",
     "carry_that_stops_being_zero": "reduce_sum",
-    "norm_over_a_constant_shift": "reduce_sum",
 }
 
 
