@@ -21,6 +21,7 @@ from jaxprune.graph._mixing import (
     along_rule,
     conv_rule,
     dot_rule,
+    ragged_rule,
     reduce_rule,
     window_rule,
 )
@@ -59,6 +60,8 @@ RULES: dict[str, Rule] = {
     "split": split_op_rule,
     "pad": pad_rule,
     "dot_general": dot_rule,
+    "ragged_dot": ragged_rule,
+    "ragged_dot_general": ragged_rule,
     "conv_general_dilated": conv_rule,
     "reduce_window_max": window_rule,
     "reduce_window_min": window_rule,

@@ -68,6 +68,24 @@ def dot_rule(
     return [AxisInfo(tuple(ids), tuple(zero), 0.0 if lhs.is_zero or rhs.is_zero else None)]
 
 
+def ragged_rule(
+    constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+) -> list[AxisInfo]:
+    """Rows in groups, each by the matrix of its group: a product of rows, and of any of the matrices."""
+    (lhs, rhs, sizes), numbers = ins[:3], params["ragged_dot_dimension_numbers"]
+    rows, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
+    if {*rows} & {*lc, *lb} or len(groups) != 1:
+        return no_rule(constraints, params, source, ins, outs, "ragged product of this kind")
+    for ids in (lhs.ids[rows[0]], rhs.ids[groups[0]], *sizes.ids):
+        constraints.freeze(ids, f"rows are divided into groups at {source}")
+    left = [i for i in range(len(rhs.ids)) if i != groups[0]]  # one matrix, as all others
+    one = AxisInfo(tuple(rhs.ids[i] for i in left), tuple(rhs.zero[i] for i in left), rhs.value)
+    contract, batch = (tuple(left.index(i) for i in axes) for axes in (rc, rb))
+    numbers = ((lc, contract), (lb, batch))
+    return dot_rule(constraints, {"dimension_numbers": numbers}, source, [lhs, one], outs)
+
+
 def conv_rule(
     constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
 ) -> list[AxisInfo]:

@@ -19,6 +19,7 @@ from jaxprune.graph._groups import Group, frozen_of, groups_of
 from jaxprune.graph._leaf_flops import leaf_flops
 from jaxprune.graph._nested import nested_rule
 from jaxprune.graph._removal import Removal, masked_slices, removal_of
+from jaxprune.graph._states import StateLeaf, States, state_leaves
 from jaxprune.graph._zeros import Work, needed_work, removed_leaves
 from jaxprune.program import (
     Flow,
@@ -46,6 +47,8 @@ class Graph:
       solution: of the constraints.
       updated: which outputs are updated copies of which leaves, by position.
       unread: positions of leaves that the function never reads.
+      states: arguments that are states, as given to `trace`.
+      state_leaves: their arrays.
       iterations: units that are iterations of scans over stacked layers.
     """
 
@@ -60,6 +63,8 @@ class Graph:
     updated: dict[int, int]
     iterations: frozenset[int]
     unread: frozenset[int]
+    states: States
+    state_leaves: tuple[StateLeaf, ...]
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -87,7 +92,7 @@ class Graph:
         traced = [self.program.avals[i] for i in self.program.inputs[len(self.paths) :]]
         if [np.shape(x) for x in inputs] == [tuple(aval.shape) for aval in traced]:
             return self
-        return trace(self.fn, params, *args, updates=self.updates, **kwargs)
+        return trace(self.fn, params, *args, updates=self.updates, states=self.states, **kwargs)
 
     def cost(self, masks: Masks | None = None) -> Cost:
         """What a call costs: FLOPs, multiply-adds and bytes, per operation and in total.
@@ -155,6 +160,7 @@ def trace(
     params: Params,
     *args: Any,
     updates: Callable[[Any], Any] | None = None,
+    states: States | None = None,
     **kwargs: Any,
 ) -> Graph:
     """Traces `fn(params, *args, **kwargs)` and finds what must shrink together.
@@ -169,6 +175,10 @@ def trace(
       updates: names the part of the output that is an updated copy of parameters, such as Flax's mutable
         collections: `lambda out: out[1]`. Those axes shrink with the parameters; all others of the
         output are frozen.
+      states: arguments that are no parameters and shrink with them, such as key-value caches and
+        recurrent states, and what part of the output updates each: `{"cache": lambda out: out[1]}`, by
+        name or by position after the parameters; `None` for one that is only read. They count as zero
+        where units are masked, if what is written there is.
       **kwargs: further inputs.
 
     Returns:
@@ -177,8 +187,8 @@ def trace(
     Raises:
       TypeError: inputs that `fn` needs are missing.
       ValueError: `fn` cannot be traced, for instance because it branches on the value of an array (the
-        error names the line), or `updates` names leaves that are no parameters. What `fn` itself raises
-        is passed on.
+        error names the line), `updates` names leaves that are no parameters, or `states` names arguments
+        or outputs that are none. What `fn` itself raises is passed on.
 
     Example:
       >>> params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
@@ -188,11 +198,12 @@ def trace(
     """
     paths, leaves, treedef = _trees.flatten(params)
     program = trace_program(fn, params, *args, **kwargs)
-    constraints = Constraints()
     updated = updated_leaves(program, paths, updates)
+    states = dict(states or {})
+    carried = state_leaves(fn, program, states, args, kwargs)
     names = inputs_of(args, kwargs).names
     unread = unread_leaves(program, len(leaves))
-    axes = couple(program, len(leaves), constraints, updated, names)
+    constraints, axes = couple(program, len(leaves), updated, names, carried)
     for position in unread:
         for ids in axes[program.inputs[position]].ids:
             constraints.freeze(ids, "not read")
@@ -211,40 +222,84 @@ def trace(
         updated,
         frozenset(np.unique(solution.label[steps]).tolist()),
         unread,
+        states,
+        carried,
     )
 
 
 def couple(
     program: Program,
     n_params: int,
-    constraints: Constraints,
     updated: dict[int, int],
     names: Sequence[str],
-) -> tuple[AxisInfo, ...]:
-    """The axes of every value of a program.
+    states: Sequence[StateLeaf] = (),
+) -> tuple[Constraints, tuple[AxisInfo, ...]]:
+    """Constraints, and the axes of every value of a program.
 
     Args:
       program: the program.
       n_params: how many of its first inputs are parameters.
-      constraints: where constraints are put.
       updated: which outputs are updated copies of which parameters, by position.
       names: of the other inputs.
+      states: inputs that shrink with the parameters.
     """
+    zero: dict[int, tuple[np.ndarray, ...]] = {}
+    while True:  # states count as zero where they are masked, until what is written there is not
+        constraints, axes = _coupled(program, n_params, updated, names, states, zero)
+        known = {state.input: axes[program.inputs[n_params + state.input]].zero for state in states}
+        zero = {state.input: _zero_after(program, axes, n_params, state) for state in states}
+        pairs = [pair for i, flags in known.items() for pair in zip(flags, zero[i], strict=True)]
+        if all((a == b).all() for a, b in pairs):
+            return constraints, axes
+
+
+def _zero_after(
+    program: Program, axes: tuple[AxisInfo, ...], n_params: int, state: StateLeaf
+) -> tuple[np.ndarray, ...]:
+    """Where a state is zero when masked, after a call too."""
+    before = axes[program.inputs[n_params + state.input]]
+    if state.output is None:
+        return before.zero
+    after = axes[program.outputs[state.output]]
+    return tuple(
+        a & (b | after.is_zero) if len(a) == len(b) else np.zeros(len(a), bool)
+        for a, b in zip(before.zero, after.zero, strict=True)
+    )
+
+
+def _coupled(
+    program: Program,
+    n_params: int,
+    updated: dict[int, int],
+    names: Sequence[str],
+    states: Sequence[StateLeaf],
+    zero: dict[int, tuple[np.ndarray, ...]],
+) -> tuple[Constraints, tuple[AxisInfo, ...]]:
+    """Likewise, given where states are zero; everywhere by default."""
+    constraints = Constraints()
     constraints.is_symbolic = any(is_symbolic(program.avals[i].shape) for i in program.inputs)
     shapes = [sized(tuple(program.avals[number].shape)) for number in program.inputs]
     ins = [fresh_axes(constraints, shape, zero=True) for shape in shapes[:n_params]]
     ins += [input_axes(constraints, *item) for item in zip(shapes[n_params:], names, strict=True)]
+    for state in states:
+        position = n_params + state.input
+        free = fresh_axes(constraints, shapes[position], zero=True)
+        ins[position] = AxisInfo(free.ids, zero.get(state.input, free.zero))
     walk(program, ins, constraints)
     found = constraints.values
+    twins = {state.output: n_params + state.input for state in states} | updated
     for position, number in enumerate(program.outputs):
-        twin = updated.get(position)
+        twin = twins.get(position)
         for axis, ids in enumerate(found[number].ids):
-            if twin is None:
-                constraints.freeze(ids, f"reaches output {position}")
-            else:
-                constraints.equate(ids, ins[twin].ids[axis])
+            other = None if twin is None else ins[twin].ids[axis]
+            if other is not None and len(other) == len(ids):
+                constraints.equate(ids, other)
+                continue
+            constraints.freeze(ids, f"reaches output {position}")
+            if other is not None:
+                constraints.freeze(other, f"a state that grows, at output {position}")
     unused = AxisInfo((), ())
-    return tuple(found.get(i, unused) for i in range(len(program.avals)))
+    return constraints, tuple(found.get(i, unused) for i in range(len(program.avals)))
 
 
 def walk(program: Program, ins: list[AxisInfo], constraints: Constraints) -> None:

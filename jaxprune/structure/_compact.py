@@ -1,6 +1,5 @@
 """Masked units removed for good: a smaller function and smaller parameters."""
 
-import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,175 +10,11 @@ import numpy as np
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params, PyTree
-from jaxprune.graph import Graph, Kept, Reduced, Removal, reduced, removal_of, trace
-from jaxprune.graph import evaluate as run
-from jaxprune.program import Inputs, TraceCache, inputs_of
+from jaxprune.graph import Graph, Kept, Reduced, Removal, States, reduced, trace
+from jaxprune.program import Inputs, inputs_of
 from jaxprune.structure._fold import FOLDS, folded
+from jaxprune.structure._function import CompactFunction, moved, small_state_leaf
 from jaxprune.structure._shrink import cut, stuck_slices
-
-
-class CompactFunction:
-    """A function at smaller sizes, from `jp.compact`.
-
-    Called like the original, with the small parameters. It is traced anew, and coupled anew, for each
-    shape of inputs; where a unit that was removed cannot be removed then, it is zero, as in the masked
-    function, and a warning says why. It can be pickled where its function can, and `jp.export.save` takes
-    it beside its parameters: files hold sizes, no code, so that `of` names the function after loading.
-
-    Attributes:
-      differences: with `verify=True`, per output the largest absolute difference on the example inputs;
-        else `None`.
-    """
-
-    def __init__(
-        self,
-        fn: Callable[..., Any] | None,
-        full: Params,
-        kept: list[Kept],
-        fully_masked: tuple[int, ...],
-        updates: Callable[[Any], Any] | None,
-    ) -> None:
-        """Made by `jp.compact`; without `fn`, by `from_sizes`."""
-        self._fn, self._full, self._updates = fn, full, updates
-        self._kept, self._fully_masked = kept, fully_masked
-        self.differences: dict[str, float] | None = None
-        self.__name__ = getattr(fn, "__name__", type(fn).__name__)
-        self.__wrapped__ = fn
-        self._plans = TraceCache()
-
-    def of(
-        self, fn: Callable[..., Any], *, updates: Callable[[Any], Any] | None = None
-    ) -> "CompactFunction":
-        """Another function of the same parameters, such as the network in train mode, at these sizes.
-
-        Args:
-          fn: the function.
-          updates: the part of its output that is an updated copy of parameters, see `jp.trace`.
-        """
-        return CompactFunction(fn, self._full, self._kept, self._fully_masked, updates)
-
-    def sizes(self) -> dict[str, Any]:
-        """What was removed, as a tree that goes to files. Inverse of `from_sizes`."""
-        shapes = [leaf.shape for leaf in jax.tree.leaves(self._full)]
-        kept = [
-            [None if len(i) == n else np.asarray(i, np.int32) for n, i in zip(*pair, strict=True)]
-            for pair in zip(shapes, self._kept, strict=True)
-        ]
-        return {"full": self._full, "kept": kept, "fully_masked": list(self._fully_masked)}
-
-    @classmethod
-    def from_sizes(cls, sizes: dict[str, Any]) -> "CompactFunction":
-        """The removal of `sizes`, of no function yet: `of` names it.
-
-        Raises:
-          ValueError: indices that do not fit the shapes.
-        """
-        shapes = [leaf.shape for leaf in jax.tree.leaves(sizes["full"])]
-        kept = []
-        for shape, indices in zip(shapes, sizes["kept"], strict=True):
-            pairs = zip(shape, indices, strict=True)
-            kept.append(tuple(np.arange(n) if i is None else _index(i, n) for n, i in pairs))
-        masked = tuple(sizes["fully_masked"])
-        if not all(type(i) is int and 0 <= i < len(shapes) for i in masked):
-            raise ValueError(f"fully masked leaves {masked} of {len(shapes)}")
-        return cls(None, sizes["full"], kept, masked, None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        for name, function in (("fn", self._fn), ("updates", self._updates)):
-            try:
-                pickle.dumps(function)
-            except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise TypeError(
-                    f"{name}: a compact function is pickled with its function, and this one cannot be "
-                    f"({error}): define it at the top level of a module, or pickle the parameters alone "
-                    "and call jp.compact with the same masks again"
-                ) from error
-        return {**self.__dict__, "_plans": TraceCache()}
-
-    def remember(self, args: Any, kwargs: Any, graph: Graph, found: Reduced) -> None:
-        """Keeps a plan for these inputs."""
-        self._plans.put(inputs_of(args, kwargs).key, (graph, found))
-
-    def _plan(self, args: Any, kwargs: Any) -> tuple[Graph, Reduced]:
-        fn = self._fn
-        if fn is None:
-            raise TypeError(
-                "this compact function comes from a file, which holds its sizes and not its code: name "
-                "the function first, compact_fn = compact_fn.of(fn)"
-            )
-
-        def make() -> tuple[Graph, Reduced]:
-            graph = trace(fn, self._full, *args, updates=self._updates, **kwargs)
-            masked = [
-                [~np.isin(np.arange(n), index) for n, index in zip(shape, left, strict=True)]
-                for shape, left in zip(graph.shapes, self._kept, strict=True)
-            ]
-            found = reduced(
-                graph, removal_of(graph.solution, graph.own, masked, list(self._fully_masked))
-            )
-            self._tell(graph, found)
-            return graph, found
-
-        return self._plans.get(inputs_of(args, kwargs).key, make)
-
-    def _tell(self, graph: Graph, found: Reduced) -> None:
-        """Warns of leaves that are larger than the small ones in this trace."""
-        reasons = dict(graph.frozen)
-        larger = [
-            f"{path}[{axis}] ({reasons.get((path, axis), 'other slices of its units stay')})"
-            for path, small, left in zip(graph.paths, self._kept, found.kept, strict=True)
-            for axis, (a, b) in enumerate(zip(small, left, strict=True))
-            if len(a) < len(b)
-        ]
-        if larger:
-            warnings.warn(
-                f"{self.__name__}: traced anew, it cannot do without what was removed of "
-                f"{', '.join(larger[:3])}{', …' if len(larger) > 3 else ''}; zeros stand there. If an "
-                "output is an updated copy of parameters, name it: of(fn, updates=…)",
-                stacklevel=4,
-            )
-
-    def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        graph, found = self._plan(args, kwargs)
-        paths, leaves, _ = _trees.flatten(params)
-        for path, leaf, left in zip(paths, leaves, self._kept, strict=True):
-            if np.shape(leaf) != _sizes(left):
-                raise ValueError(
-                    f"params: leaf {path!r} has shape {np.shape(leaf)}, expected {_sizes(left)}: this "
-                    "function takes the small parameters that jp.compact returned with it"
-                )
-        inputs = [_moved(*item) for item in zip(leaves, self._kept, found.used, strict=True)]
-        outs = run(found.plan, [*inputs, *inputs_of(args, kwargs).arrays])
-        for position, leaf in graph.updated.items():  # what is removed stays removed
-            left = found.plan.kept[found.plan.program.outputs[position]]
-            outs[position] = _moved(outs[position], left, self._kept[leaf])
-        return found.plan.program.out_tree.unflatten(outs)
-
-
-def _index(index: Any, size: int) -> np.ndarray:
-    """Indices of the entries that are left of an axis, checked."""
-    index = np.asarray(index)
-    rises = index.ndim == 1 and index.dtype == np.int32 and bool((np.diff(index) > 0).all())
-    if not rises or (index.size and not 0 <= index[0] <= index[-1] < size):
-        raise ValueError(f"indices that do not fit an axis of {size}")
-    return index
-
-
-def _moved(x: Any, before: Kept, after: Kept) -> Any:
-    """An array of the entries at some indices as one of those at others; zero where it had none."""
-    for axis, (old, new) in enumerate(zip(before, after, strict=True)):
-        if len(old) == len(new) and (old == new).all():
-            continue
-        where = np.searchsorted(old, new)
-        known = np.isin(new, old)
-        if not known.any():
-            shape = [len(new) if i == axis else n for i, n in enumerate(x.shape)]
-            x = jnp.zeros(shape, x.dtype)
-            continue
-        x = jnp.take(x, np.where(known, where, 0), axis=axis)
-        flags = known.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-        x = x if known.all() else jnp.where(flags, x, jnp.zeros((), x.dtype))
-    return x
 
 
 def compact(
@@ -188,6 +23,7 @@ def compact(
     masks: Masks,
     *args: Any,
     updates: Callable[[Any], Any] | None = None,
+    states: States | None = None,
     fold: str | None = None,
     verify: bool = False,
     **kwargs: Any,
@@ -205,6 +41,9 @@ def compact(
       masks: tree of bools with the structure of `params`.
       *args: example inputs.
       updates: the part of the output that is an updated copy of parameters, see `jp.trace`.
+      states: arguments that are no parameters and shrink with them, such as caches, see `jp.trace`. The
+        compact function takes and returns small ones: `compact_fn.small_state(name, state)` cuts the
+        first.
       fold: what to keep of units that go, moved into the biases (or BatchNorm means) behind them. `None`:
         nothing. `"constants"`: what a unit contributes when nothing reaches it any more but its own
         bias, BatchNorm shift or an activation that is not zero at zero. `"mean"`: what it contributes on
@@ -237,7 +76,7 @@ def compact(
     _checks.masks_fit(masks, params)
     _checks.choice("fold", fold, (None, *FOLDS))
     _checks.all_dense("params", params, "compact before quantizing, clustering or tying")
-    graph = trace(fn, params, *args, updates=updates, **kwargs)
+    graph = trace(fn, params, *args, updates=updates, states=states, **kwargs)
     removal = graph.removal(masks)
     found = reduced(graph, removal)
     _check_reached(graph, found, masks)
@@ -253,18 +92,43 @@ def compact(
         jax.ShapeDtypeStruct(shape, leaf.dtype)
         for shape, leaf in zip(graph.shapes, leaves, strict=True)
     )
-    compact_fn = CompactFunction(fn, full, found.kept, removal.fully_masked, updates)
-    compact_fn.remember(args, kwargs, graph, found)
+    own = _state_sizes(graph, found)
+    compact_fn = CompactFunction(
+        fn, full, found.kept, removal.fully_masked, updates, graph.states, own
+    )
+    arrays = list(given.arrays)
+    for state in graph.state_leaves:
+        arrays[state.input] = small_state_leaf(state.name, arrays[state.input], *own[state.name])
+    given_small = given._replace(arrays=list(arrays))
+    small_args, small_kwargs = given.rebuild(arrays)
+    compact_fn.remember(small_args, small_kwargs, graph, found)
     small_params = graph.treedef.unflatten(small)
     if verify:
         if reference is None:
             masked = [_masked(leaf, flag) for leaf, flag in zip(leaves, flags, strict=True)]
-            reference = _jitted(fn, given)(graph.treedef.unflatten(masked))
+            for state in graph.state_leaves:  # what is removed of states counts as zero
+                shape, left = own[state.name]
+                whole = tuple(np.arange(n) for n in shape)
+                arrays[state.input] = moved(arrays[state.input], left, whole)
+            masked_inputs = given._replace(arrays=arrays)
+            reference = _jitted(fn, masked_inputs)(graph.treedef.unflatten(masked))
         else:
             reference = graph.program.out_tree.unflatten(reference)
-        result = _jitted(compact_fn, given)(small_params)
-        compact_fn.differences = _differences(graph, reference, result)
+        result = _jitted(compact_fn, given_small)(small_params)
+        compact_fn.differences = _differences(graph, found, reference, result)
     return compact_fn, small_params
+
+
+def _state_sizes(graph: Graph, found: Reduced) -> dict[str, tuple[tuple[int, ...], Kept]]:
+    """Full shape and what is left of each state, by name."""
+    numbers = graph.program.inputs[len(graph.paths) :]
+    return {
+        state.name: (
+            found.plan.full[numbers[state.input]],
+            found.plan.kept[numbers[state.input]],
+        )
+        for state in graph.state_leaves
+    }
 
 
 def _jitted(fn: Callable[..., Any], inputs: Inputs) -> Callable[[Params], Any]:
@@ -273,10 +137,6 @@ def _jitted(fn: Callable[..., Any], inputs: Inputs) -> Callable[[Params], Any]:
         return fn(params, *args, **kwargs)
 
     return lambda params: jax.jit(call)(params, inputs.arrays)
-
-
-def _sizes(left: tuple[np.ndarray, ...]) -> tuple[int, ...]:
-    return tuple(len(index) for index in left)
 
 
 def _tell_stuck(graph: Graph, removal: Removal, masks: list[Any]) -> None:
@@ -309,8 +169,11 @@ def _masked(leaf: Any, flag: Any) -> Any:
     return leaf if np.asarray(flag).all() else jnp.where(flag, leaf, jnp.zeros((), leaf.dtype))
 
 
-def _differences(graph: Graph, reference: PyTree, result: PyTree) -> dict[str, float]:
-    """Per output the largest difference; outputs that shrink with the parameters are left out.
+def _differences(
+    graph: Graph, cut_to: Reduced, reference: PyTree, result: PyTree
+) -> dict[str, float]:
+    """Per output the largest difference; outputs that shrink with the parameters are left out, states
+    are compared where they are left.
 
     Raises:
       ValueError: a difference beyond rounding.
@@ -324,6 +187,7 @@ def _differences(graph: Graph, reference: PyTree, result: PyTree) -> dict[str, f
         if position in graph.updated:
             continue
         a, b = (np.asarray(x, np.float32) for x in (a, b))
+        a = a[np.ix_(*cut_to.plan.kept[graph.program.outputs[position]])]
         difference = float(np.max(np.abs(a - b), initial=0.0))
         found[path or "output"] = difference
         allowed = tolerance * max(float(np.max(np.abs(a), initial=0.0)), 1e-3)

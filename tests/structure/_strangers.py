@@ -122,3 +122,19 @@ def written_into_whole_rows():
         return table @ p["b"]
 
     return fn, shapes(a=(10, 12), b=(12, 3)), normal(3, 6, 10)
+
+
+@network
+def experts_by_ragged_products():
+    def fn(p, x):
+        x = x.reshape(-1, x.shape[-1]) @ p["in"]
+        best = jnp.argmax(x @ p["router"], -1)
+        order = jnp.argsort(best)
+        sizes = jnp.bincount(best, length=p["router"].shape[-1])
+        h = jax.nn.silu(jax.lax.ragged_dot(x[order], p["up"], sizes))
+        y = jax.lax.ragged_dot(h, p["down"], sizes)[jnp.argsort(order)]
+        return (x + y) @ p["out"]
+
+    return fn, {
+        "in": jnp.ones((10, 12)), **shapes(router=(12, 3), up=(3, 12, 20), down=(3, 20, 12), out=(12, 4))
+    }, SEQUENCE  # fmt: skip
