@@ -142,7 +142,7 @@ def full_sizes(
             if len(shape) != len(full) or shape[axis] != len(index):
                 raise ValueError(
                     f"states: {name!r} has shape {tuple(shape)}, and {len(index)} of {n} entries of axis "
-                    f"{axis} are left: cut it with compact_fn.small_state({name.split('/')[0]!r}, state)"
+                    f"{axis} are left: cut it with compact_fn.small_state, or jp.nnx.small_arguments"
                 )
             shape[axis] = n
         found[position] = jax.ShapeDtypeStruct(tuple(shape), x.dtype)

@@ -1,6 +1,6 @@
 """For `flax.nnx`: modules in, modules out; gated modules."""
 
-from jaxprune.nnx._compact import compact
+from jaxprune.nnx._compact import compact, small_arguments
 from jaxprune.nnx._gates import (
     BlockGate,
     ChannelGate,
@@ -20,4 +20,5 @@ __all__ = [
     "HeadGate",
     "TokenGate",
     "compact",
+    "small_arguments",
 ]

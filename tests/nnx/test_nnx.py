@@ -1,5 +1,7 @@
 """Modules in, smaller modules out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,3 +103,80 @@ def test_masks_of_parameters_only(model, x):
 def test_masks_of_another_module(model, x):
     with pytest.raises(ValueError, match="masks"):
         jp.nnx.compact(model, {"other": {"kernel": jnp.array(True)}}, x)
+
+
+class Cache(nnx.Module):
+    def __init__(self, batch, width):
+        self.values = nnx.Variable(jnp.zeros((batch, 6, width)))
+        self.place = nnx.Variable(jnp.array(0))
+
+
+@dataclasses.dataclass
+class Settings:  # compared by value and not hashable, as many write theirs
+    widths: list
+
+
+class Cached(nnx.Module):
+    """Averages what it has seen, in a module of the caller."""
+
+    def __init__(self, settings, rngs):
+        self.settings = nnx.static(settings) if hasattr(nnx, "static") else settings
+        self.up = nnx.Linear(4, settings.widths[0], rngs=rngs)
+        self.down = nnx.Linear(settings.widths[0], 3, rngs=rngs)
+        self.calls = nnx.Variable(jnp.array(0))
+
+    def __call__(self, x, cache, other=None, rngs=None):
+        self.calls[...] += 1
+        h = nnx.relu(self.up(x))
+        start = (0, cache.place[...], 0)
+        cache.values[...] = jax.lax.dynamic_update_slice(cache.values[...], h[:, None], start)
+        cache.place[...] += 1
+        y = self.down(cache.values[...].sum(1))
+        return y if rngs is None else y + 0 * jax.random.normal(rngs.noise(), y.shape)
+
+
+def test_modules_among_the_arguments_are_written_back():
+    model, x = Cached(Settings([8]), nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (2, 4))
+    keep = jnp.arange(8) % 4 > 0
+    masks = {"up": {"kernel": keep[None], "bias": keep}, "down": {"kernel": keep[:, None]}}
+    masked = nnx.clone(model)
+    nnx.update(
+        masked,
+        jp.apply_masks(nnx.state(model), jp.nnx._compact._for_state(masks, nnx.state(model))),
+    )
+    cache, rngs = Cache(2, 8), nnx.Rngs(noise=3)
+    small = jp.nnx.compact(model, masks, x, cache, None, rngs=rngs, verify=True)
+    with pytest.raises(ValueError, match="6 of 8 entries of axis 2 are left: cut it with"):
+        small(x, cache, None, rngs=rngs)
+    (_, own, _), given = jp.nnx.small_arguments(small, x, Cache(2, 8), None, rngs=nnx.Rngs(noise=3))
+    assert own.values.shape == (2, 6, 6)
+    for i in range(3):
+        found = small(x * i, own, None, **given)
+        expected = masked(x * i, cache, None, rngs=rngs)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(own.values[...], cache.values[...][..., np.asarray(keep)], atol=1e-6)
+    assert int(own.place[...]) == int(cache.place[...]) == 3
+    assert int(small.calls[...]) == 3
+    assert int(given["rngs"].noise.count[...]) == int(rngs.noise.count[...])
+    assert own.values.shape == (2, 6, 6)
+
+
+def test_states_that_are_no_modules():
+    class Net(Cached):
+        def __call__(self, x, total):
+            total = {"h": total["h"] + self.up(x)}
+            return self.down(total["h"]), total
+
+    model, x = Net(Settings([8]), nnx.Rngs(0)), jnp.ones((2, 4))
+    keep = jnp.arange(8) > 2
+    masks = {"up": {"kernel": keep[None], "bias": keep}, "down": {"kernel": keep[:, None]}}
+    total = {"h": jnp.zeros((2, 8))}
+    how = {"states": {"total": lambda out: out[1]}, "verify": True}
+    small = jp.nnx.compact(model, masks, x, total, **how)
+    (x, total), _ = jp.nnx.small_arguments(small, x, total)
+    _, total = small(x, total)
+    y, total = small(x, total)
+    assert total["h"].shape == (2, 5)
+    assert y.shape == (2, 3)
+    with pytest.raises(TypeError, match="Net does not come from jp.nnx.compact"):
+        jp.nnx.small_arguments(model, x, total)
