@@ -64,12 +64,15 @@ def choice(name: str, value: Any, options: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
 
 
-def same_structure(name: str, tree: PyTree, reference_name: str, reference: PyTree) -> None:
-    """Checks that two trees have the same treedef, and says where they first differ."""
-    theirs, ours = flatten(tree)[2], flatten(reference)[2]
+def aligned(name: str, tree: PyTree, reference_name: str, reference: PyTree) -> PyTree:
+    """A tree in the containers of another, by the paths of its leaves; an error where those differ."""
+    got, leaves, theirs = flatten(tree)
+    wanted, _, ours = flatten(reference)
     if theirs == ours:
-        return
-    got, wanted = flatten(tree)[0], flatten(reference)[0]
+        return tree
+    if len(got) == len(wanted) == len(set(got)) and set(got) == set(wanted):
+        by_path = dict(zip(got, leaves, strict=True))
+        return ours.unflatten([by_path[path] for path in wanted])
     missing = [path for path in wanted if path not in set(got)]
     extra = [path for path in got if path not in set(wanted)]
     detail = "; ".join(
@@ -77,7 +80,7 @@ def same_structure(name: str, tree: PyTree, reference_name: str, reference: PyTr
         for text in (
             f"missing {_some(missing)}" if missing else "",
             f"unexpected {_some(extra)}" if extra else "",
-            f"containers differ: {_short(theirs)} against {_short(ours)}"
+            f"several leaves of one path: {_short(theirs)} against {_short(ours)}"
             if not missing and not extra
             else "",
         )
@@ -112,9 +115,9 @@ def all_dense(name: str, tree: PyTree, cure: str) -> None:
             )
 
 
-def masks_fit(masks: PyTree, params: PyTree) -> None:
-    """Checks that `masks` is a tree of bools that broadcasts, leaf by leaf, against `params`."""
-    same_structure("masks", masks, "params", params)
+def masks_fit(masks: PyTree, params: PyTree) -> PyTree:
+    """Masks in the containers of `params`, checked: bools that broadcast, leaf by leaf."""
+    masks = aligned("masks", masks, "params", params)
     paths, leaves, treedef = flatten(params)
     for path, leaf, mask in zip(paths, leaves, treedef.flatten_up_to(masks), strict=True):
         dtype = np.dtype(getattr(mask, "dtype", type(mask)))
@@ -124,6 +127,7 @@ def masks_fit(masks: PyTree, params: PyTree) -> None:
                 "compare scores with a threshold, or use masks.from_scores"
             )
         broadcasts("masks", path, np.shape(mask), np.shape(leaf))
+    return masks
 
 
 def _some(paths: list[str]) -> str:

@@ -45,6 +45,11 @@ def leaf_paths(tree: PyTree) -> list[str]:
     return flatten(tree)[0]
 
 
+def is_function(x: Any) -> bool:
+    """Whether something is called rather than a tree: modules that are trees can be called too."""
+    return callable(x) and jax.tree_util.treedef_is_leaf(jax.tree.structure(x))
+
+
 def dense(leaf: Any) -> Any:
     """The dense array of a leaf, compressed or not. Inverse of nothing: information stays lost."""
     return leaf.materialize() if is_compressed(leaf) else leaf

@@ -176,7 +176,7 @@ def ema(teacher: Params, student: Params, decay: Any) -> Params:
     Reference: Tarvainen & Valpola, "Mean teachers", 2017, https://arxiv.org/abs/1703.01780
     """
     _checks.fraction("decay", decay)
-    _checks.same_structure("student", student, "teacher", teacher)
+    student = _checks.aligned("student", student, "teacher", teacher)
     return jax.tree.map(
         lambda t, s: (decay * t + (1 - decay) * s).astype(t.dtype) if _trees.is_floating(t) else s,
         teacher,

@@ -244,7 +244,8 @@ def _put(tree: PyTree, sharding: Any) -> PyTree:
 def _placed_like(tree: PyTree, like: PyTree) -> PyTree:
     found, structure = jax.tree_util.tree_flatten_with_path(tree)
     if jax.tree.structure(like) != structure:
-        _checks.same_structure("like", like, "the file", tree)
+        like = _checks.aligned("like", like, "the file", tree)
+    if jax.tree.structure(like) != structure:
         raise ValueError("like: expected the structure of the file; static fields of leaves differ")
     placed = []
     for (path, leaf), model in zip(found, jax.tree.leaves(like), strict=True):

@@ -121,7 +121,7 @@ class Graph:
 
     def removal(self, masks: Masks) -> Removal:
         """The units that masks remove."""
-        _checks.same_structure(
+        masks = _checks.aligned(
             "masks", masks, "the traced params", self.treedef.unflatten(self.paths)
         )
         flags = self.treedef.flatten_up_to(masks)

@@ -31,7 +31,7 @@ def apply_masks(params: Params, masks: Masks) -> Params:
       >>> jp.apply_masks({"w": jnp.ones(3)}, {"w": jnp.array([True, False, True])})
       {'w': Array([1., 0., 1.], dtype=float32)}
     """
-    _checks.masks_fit(masks, params)
+    masks = _checks.masks_fit(masks, params)
     return _trees.map_with_path(lambda path, p, m: masked(p, m, path), params, masks)
 
 
@@ -193,6 +193,5 @@ def _pack(path: str, mask: Any) -> PackedMask:
 
 def resolve(masks: Masks | MaskFn, params: Params) -> Masks:
     """The masks for some parameters: the tree itself (packed or not) or what the callable returns."""
-    tree = unpack_masks(masks(params) if callable(masks) else masks)
-    _checks.masks_fit(tree, params)
-    return tree
+    tree = unpack_masks(masks(params) if _trees.is_function(masks) else masks)
+    return _checks.masks_fit(tree, params)

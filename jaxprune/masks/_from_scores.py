@@ -78,7 +78,8 @@ def from_scores(
     _checks.positive_int("min_keep", min_keep, least=0)
     if isinstance(pattern, TreePattern):
         pooled = pattern.pool_tree(scores)
-        return pattern.expand_tree(from_scores(pooled, sparsity, scope=scope, min_keep=min_keep))
+        found = from_scores(pooled, sparsity, scope=scope, min_keep=min_keep)
+        return _checks.aligned("masks", pattern.expand_tree(found), "scores", scores)
     paths, leaves, treedef = _trees.flatten(scores)
     known = _trees.uses_of(scores, uses)
     chosen = [
@@ -124,7 +125,7 @@ def _budget(
     if isinstance(sparsity, (int, float, np.number, np.ndarray, jax.Array)):
         _checks.fraction("sparsity", sparsity)
         return sparsity
-    _checks.same_structure("sparsity", sparsity, "scores", scores)
+    sparsity = _checks.aligned("sparsity", sparsity, "scores", scores)
     fractions = treedef.flatten_up_to(sparsity)
     for path, value in zip(paths, fractions, strict=True):
         _checks.fraction(f"sparsity[{path!r}]", value)

@@ -76,11 +76,11 @@ def replace_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
             "use jp.masked_update for masks of your own"
         )
     old = held_masks(holder)
-    _checks.same_structure("masks", masks, "the masks in opt_state", old)
+    masks = _checks.aligned("masks", masks, "the masks in opt_state", old)
     full = jax.tree.map(
         lambda o, m: jax.ShapeDtypeStruct(_joint(o.shape, jnp.shape(m)), bool), old, masks
     )
-    _checks.masks_fit(masks, full)
+    masks = _checks.masks_fit(masks, full)
     new = jax.tree.map(lambda f, m: jnp.array(jnp.broadcast_to(m, f.shape)), full, masks)
     new = PackedTree.of(new) if isinstance(holder.masks, PackedTree) else new
     return jax.tree.map(
@@ -119,7 +119,7 @@ def sparse_params(opt_state: optax.OptState, params: Params) -> Params:
       [[1.0, 1.0], [1.0, 1.0]]
     """
     masks = get_masks(opt_state)
-    _checks.masks_fit(masks, params)
+    masks = _checks.masks_fit(masks, params)
     return masked_where(params, masks)
 
 
@@ -171,7 +171,7 @@ def _counts(holder: Any, params: Params) -> PyTree:
         masks = spread_over(held, params)
     except ValueError:
         masks = held
-    _checks.masks_fit(masks, params)
+    masks = _checks.masks_fit(masks, params)
     return _revived(params, masks)
 
 

@@ -19,7 +19,9 @@ def fitted(masks: Masks | MaskFn, params: Params) -> Masks:
       ValueError: masks that do not fit; an infinite or NaN weight where masked (unless traced).
       TypeError: a mask for a compressed leaf, or for one that is no float.
     """
-    tree = resolve(masks if callable(masks) else placed(unpack_masks(masks), params), params)
+    tree = resolve(
+        masks if _trees.is_function(masks) else placed(unpack_masks(masks), params), params
+    )
     check_maskable(params, tree)
     return tree
 

@@ -55,7 +55,7 @@ def metrics(
             "masks/churn": changes.regrown / jnp.maximum(kept, 1),
         }
     if since is not None:
-        _checks.same_structure("since", since, "the masks in opt_state", masks)
+        since = _checks.aligned("since", since, "the masks in opt_state", masks)
         both = jax.tree.map(jnp.logical_and, since, masks)
         scalar = lambda tree: [m for m in jax.tree.leaves(tree) if jnp.ndim(m)]
         found["masks/overlap"] = _total(scalar(both)) / jnp.maximum(_total(scalar(since)), 1)

@@ -68,7 +68,7 @@ def fractions_of(sparsity: Fractions, params: Params) -> Any:
     Raises:
       ValueError, TypeError: a fraction out of range.
     """
-    found = sparsity(params) if callable(sparsity) else sparsity
+    found = sparsity(params) if _trees.is_function(sparsity) else sparsity
     if isinstance(found, (int, float, np.number, np.ndarray, jax.Array)):
         _checks.fraction("sparsity", found)
         return found

@@ -87,7 +87,7 @@ def trace_program(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
     The inputs of the program are the leaves of `params` and the arrays of `inputs_of(args, kwargs)`.
 
     Raises:
-      TypeError: inputs that `fn` needs are missing.
+      TypeError: inputs that `fn` needs are missing; parameters that are no arrays.
       ValueError: `fn` needs the value of an array while it is traced.
     """
     try:
@@ -100,6 +100,7 @@ def trace_program(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
     except ValueError:  # some callables have no signature
         pass
     inputs = inputs_of(args, kwargs)
+    _check_arrays(params)
     params = jax.tree.map(_trees.abstract, params, is_leaf=is_compressed)
 
     def of_arrays(params: Any, arrays: list[Any]) -> Any:
@@ -119,6 +120,16 @@ def trace_program(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
     program.outputs = _open(program, closed, program.inputs)
     _drop_unused(program)
     return program
+
+
+def _check_arrays(params: Any) -> None:
+    for path, leaf in zip(*_trees.flatten(params)[:2], strict=True):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+            raise TypeError(
+                f"params: leaf {path!r} is a {type(leaf).__name__}, no array: give the arrays, and bind "
+                "the rest to the function. For an Equinox module: params, static = eqx.partition(model, "
+                "eqx.is_array); fn = lambda params, x: eqx.combine(params, static)(x)"
+            )
 
 
 def _drop_unused(program: Program) -> None:

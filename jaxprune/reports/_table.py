@@ -160,7 +160,7 @@ def report(
       >>> found.bytes_dense, found.bytes_now
       (16640, 2560)
     """
-    _checks.same_structure("compressed", compressed, "params", params)
+    compressed = _checks.aligned("compressed", compressed, "params", params)
     paths, dense, treedef = _trees.flatten(params)
     held = treedef.flatten_up_to(compressed)
     now = treedef.flatten_up_to(_trees.resolve_ties(compressed))

@@ -103,7 +103,7 @@ def _with_gradients(
     where: Where,
     uses: Any,
 ) -> Scores:
-    _checks.same_structure(name, grads, "params", params)
+    grads = _checks.aligned(name, grads, "params", params)
     paths, leaves, treedef = _trees.flatten(params)
     chosen = _trees.select(params, where, uses=uses)
     for path, w, g, hit in zip(paths, leaves, treedef.flatten_up_to(grads), chosen, strict=True):

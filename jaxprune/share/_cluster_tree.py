@@ -228,7 +228,7 @@ def _importances(
 ) -> list[Any]:
     if importance is None:
         return [None] * len(leaves)
-    _checks.same_structure("importance", importance, "params", params)
+    importance = _checks.aligned("importance", importance, "params", params)
     found = _trees.flatten(importance)[1]
     out: list[Any] = []
     for path, leaf, weight, hit in zip(paths, leaves, found, chosen, strict=True):

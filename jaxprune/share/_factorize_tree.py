@@ -157,7 +157,7 @@ def ranks_table(params: Params, factorized: PyTree) -> Table:
       >>> jp.share.ranks_table(params, jp.factorize_tree(params, rank=1)).row_count
       1
     """
-    _checks.same_structure("factorized", factorized, "params", params)
+    factorized = _checks.aligned("factorized", factorized, "params", params)
     table = Table(title="Factors")
     for column in ("leaf", "shape", "rank", "parameters", "relative error"):
         table.add_column(column, overflow="fold")

@@ -63,7 +63,7 @@ def sparsify_tree(
         raise ValueError(f"n, m: expected n <= m <= {LARGEST}, got {n} and {m}")
     paths, leaves, treedef = _trees.flatten(params)
     if masks is not None:
-        _checks.masks_fit(masks, params)
+        masks = _checks.masks_fit(masks, params)
     flags = [True] * len(leaves) if masks is None else treedef.flatten_up_to(masks)
     chosen = _trees.select(params, where, uses=uses)
     known = _trees.uses_of(params, uses)

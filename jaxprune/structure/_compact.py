@@ -73,7 +73,7 @@ def compact(
       >>> small["a"].shape, small["b"].shape, compact_fn.differences
       ((4, 6), (6, 2), {'output': 0.0})
     """
-    _checks.masks_fit(masks, params)
+    masks = _checks.masks_fit(masks, params)
     _checks.choice("fold", fold, (None, *FOLDS))
     _checks.all_dense("params", params, "compact before quantizing, clustering or tying")
     graph = trace(fn, params, *args, updates=updates, states=states, **kwargs)

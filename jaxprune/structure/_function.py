@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _trees
+from jaxprune import _checks, _trees
 from jaxprune._types import Params, PyTree
 from jaxprune.graph import (
     Graph,
@@ -209,6 +209,7 @@ class CompactFunction:
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         graph, found = self._plan(args, kwargs)
+        params = _checks.aligned("params", params, "the params of jp.compact", self._full)
         paths, leaves, _ = _trees.flatten(params)
         for path, leaf, left in zip(paths, leaves, self._kept, strict=True):
             if np.shape(leaf) != _sizes(left):

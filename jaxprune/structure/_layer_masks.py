@@ -105,7 +105,7 @@ def _by_layer(
                 "layer_scores: expected one number per layer, as layer_scores gives them"
             )
         return {name: float(x) for name, x in of_layers.items()}
-    _checks.same_structure("scores", scores, "the traced params", like_params(graph))
+    scores = _checks.aligned("scores", scores, "the traced params", like_params(graph))
     return {layer.name: mean_score(graph, layer, scores) for layer in found}
 
 

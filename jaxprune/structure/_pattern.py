@@ -64,7 +64,7 @@ class Units:
 
     def pool_tree(self, scores: Scores) -> PyTree:
         """Scores per unit, a list with one array per group, from scores per entry."""
-        _checks.same_structure("scores", scores, "the traced params", like_params(self._graph))
+        scores = _checks.aligned("scores", scores, "the traced params", like_params(self._graph))
         leaves = [jnp.asarray(x) for x in self._graph.treedef.flatten_up_to(scores)]
         found = []
         for group, places in zip(self._groups, self._places, strict=True):

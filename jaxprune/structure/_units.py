@@ -148,7 +148,7 @@ def _scores_of(
     if of_units is not None:
         _check_units("unit_scores", graph, of_units)
         return [_on_host(of_units.get(g.name, np.full(g.size, np.inf))) for g in groups]
-    _checks.same_structure("scores", scores, "the traced params", like_params(graph))
+    scores = _checks.aligned("scores", scores, "the traced params", like_params(graph))
     leaves = [_on_host(x) for x in graph.treedef.flatten_up_to(scores)]
     kernels = kernels_of(graph) if reduce == "kernels" else ()
     return [score_units(leaves, places_of(graph, g), g.size, reduce, kernels) for g in groups]
