@@ -23,7 +23,7 @@ from jaxprune import (
 )
 from jaxprune._uses import Uses
 from jaxprune.calibration import calibrate, quantize_activations
-from jaxprune.graph import trace
+from jaxprune.graph import Graph, trace
 from jaxprune.masks import (
     apply_masks,
     pack_masks,
@@ -60,6 +60,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClusteredArray",
+    "Graph",
     "LowRankArray",
     "QuantizedArray",
     "SparseArray",

@@ -43,22 +43,18 @@ class AxisInfo:
         return tuple(len(x) for x in self.ids)
 
 
-def frozen_axes(shape: tuple[int, ...]) -> AxisInfo:
-    """A value of which nothing shrinks."""
-    return AxisInfo(
-        tuple(np.full(n, FROZEN) for n in shape), tuple(np.zeros(n, bool) for n in shape)
-    )
-
-
 def input_axes(constraints: Constraints, shape: tuple[int, ...], name: str) -> AxisInfo:
     """An input, of which nothing shrinks."""
     ids = [
-        constraints.of_input(n, f"tied to axis {axis} of input {name}")
-        if n > 1
-        else np.full(n, FROZEN)
-        for axis, n in enumerate(shape)
+        constraints.fixed(n, f"tied to axis {axis} of input {name}") for axis, n in enumerate(shape)
     ]
     return AxisInfo(tuple(ids), tuple(np.zeros(n, bool) for n in shape))
+
+
+def fixed_axes(constraints: Constraints, shape: tuple[int, ...], reason: str) -> AxisInfo:
+    """A value of which nothing shrinks, for a reason."""
+    ids = tuple(constraints.fixed(n, reason) for n in shape)
+    return AxisInfo(ids, tuple(np.zeros(n, bool) for n in shape))
 
 
 def fresh_axes(constraints: Constraints, shape: tuple[int, ...], *, zero: bool) -> AxisInfo:
@@ -76,10 +72,11 @@ def no_rule(
     name: str,
 ) -> list[AxisInfo]:
     """Freezes all that the operation touches."""
+    reason = f"no rule for {name} at {source}"
     for value in ins:
         for ids in value.ids:
-            constraints.freeze(ids, f"no rule for {name} at {source}")
-    return [frozen_axes(shape) for shape in outs]
+            constraints.freeze(ids, reason)
+    return [fixed_axes(constraints, shape, reason) for shape in outs]
 
 
 Rule = Callable[
@@ -123,6 +120,6 @@ def passed_or_frozen(
             zero.append(x.zero[axis])
         else:
             constraints.freeze(x.ids[axis], reason)
-            ids.append(np.full(n, FROZEN))
+            ids.append(constraints.fixed(n, reason))
             zero.append(np.zeros(n, bool))
     return AxisInfo(tuple(ids), tuple(zero))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 FROZEN = 0  # the id of indices that never shrink
-LAST_FIXED = 1 << 10  # ids up to here are those of axes of inputs, one for each
+LAST_FIXED = 1 << 14  # ids up to here never shrink either, each for a reason of its own
 
 
 def may_shrink(ids: np.ndarray) -> bool:
@@ -25,7 +25,7 @@ class Constraints:
 
     def __init__(self) -> None:
         self.size = 1 + LAST_FIXED
-        self._inputs = 0
+        self._fixed: dict[str, int] = {}
         self.equal: list[tuple[np.ndarray, np.ndarray]] = []
         self.products: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.frozen: list[tuple[np.ndarray, int]] = []
@@ -41,12 +41,13 @@ class Constraints:
         self.size += n
         return np.arange(self.size - n, self.size)
 
-    def of_input(self, n: int, reason: str) -> np.ndarray:
-        """The id of an axis of an input, `n` times: it never shrinks, for this reason."""
-        self._inputs = min(self._inputs + 1, LAST_FIXED)
-        self.reasons.append(reason)
-        self.frozen.append((np.array([self._inputs]), len(self.reasons) - 1))
-        return np.full(n, self._inputs)
+    def fixed(self, n: int, reason: str) -> np.ndarray:
+        """The id of an axis that never shrinks, `n` times: what is tied to it stays for this reason."""
+        if reason not in self._fixed and len(self._fixed) < LAST_FIXED:
+            self._fixed[reason] = len(self._fixed) + 1
+            self.reasons.append(reason)
+            self.frozen.append((np.array([self._fixed[reason]]), len(self.reasons) - 1))
+        return np.full(n, self._fixed.get(reason, FROZEN) if n > 1 else FROZEN)
 
     def equate(self, a: np.ndarray, b: np.ndarray) -> None:
         """Index by index, `a` and `b` shrink together."""

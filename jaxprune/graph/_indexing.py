@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from jaxprune.graph._axes import AxisInfo, Rule, joined, passed_or_frozen
-from jaxprune.graph._constraints import FROZEN, Constraints
+from jaxprune.graph._constraints import Constraints
 
 
 def gather_rule(
@@ -17,7 +17,7 @@ def gather_rule(
     batch = tuple(getattr(spec, "operand_batching_dims", ()))
     index_batch = tuple(getattr(spec, "start_indices_batching_dims", ()))
     kept = [i for i in range(len(x.ids)) if i not in (*spec.collapsed_slice_dims, *batch)]
-    ids = [np.full(n, FROZEN) for n in outs[0]]
+    ids = [constraints.fixed(n, f"looked up by index at {source}") for n in outs[0]]
     zero = [np.zeros(n, bool) for n in outs[0]]
     # axes of the indices, but the last, become the other axes of the result
     places = [axis for axis in range(len(outs[0])) if axis not in spec.offset_dims]
@@ -137,7 +137,7 @@ def leading_rule(name: str, last: int) -> Rule:
             ids, _ = joined(constraints, ins, range(lead))
         found = []
         for shape in outs:
-            rest = [np.full(n, FROZEN) for n in shape[len(ids) :]]
+            rest = [constraints.fixed(n, f"{name} mixes it at {source}") for n in shape[len(ids) :]]
             found.append(AxisInfo((*ids, *rest), tuple(np.zeros(n, bool) for n in shape)))
         return found
 
@@ -150,9 +150,10 @@ def fft_rule(
     """Transforms of the last axes: a vector of zeros stays zero."""
     x, mixed = ins[0], len(params["fft_lengths"])
     lead = len(x.ids) - mixed
+    reason = f"a Fourier transform mixes it at {source}"
     for ids in x.ids[lead:]:
-        constraints.freeze(ids, f"a Fourier transform mixes it at {source}")
+        constraints.freeze(ids, reason)
     rest = outs[0][lead:]
-    ids = (*x.ids[:lead], *(np.full(n, FROZEN) for n in rest))
+    ids = (*x.ids[:lead], *(constraints.fixed(n, reason) for n in rest))
     zero = (*x.zero[:lead], *(np.zeros(n, bool) for n in rest))
     return [AxisInfo(ids, zero, 0.0 if x.is_zero else None)]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.graph._axes import AxisInfo, Rule, joined, no_rule, passed_or_frozen, plainest
-from jaxprune.graph._constraints import FROZEN, Constraints
+from jaxprune.graph._constraints import Constraints
 from jaxprune.graph._shapes import split_axis
 
 
@@ -98,7 +98,8 @@ def conv_rule(
     for x, spatial in ((lhs, ls), (rhs, rs)):
         for axis in spatial:
             constraints.freeze(x.ids[axis], f"a window moves along it at {source}")
-    ids: list[Any] = [np.full(n, FROZEN) for n in outs[0]]
+    moved = f"a window moves along it at {source}"
+    ids: list[Any] = [constraints.fixed(n, moved) for n in outs[0]]
     zero: list[Any] = [np.zeros(n, bool) for n in outs[0]]
     ids[on], zero[on] = lhs.ids[ln], lhs.zero[ln]
     ids[oc], zero[oc] = rhs.ids[ro], rhs.zero[ro]
@@ -154,10 +155,11 @@ def along_rule(name: str) -> Rule:
     ) -> list[AxisInfo]:
         axis = params["dimension"] if name == "sort" else params["axis"]
         axis %= len(outs[0])
+        reason = f"{name} runs along it at {source}"
         for x in ins:
-            constraints.freeze(x.ids[axis], f"{name} runs along it at {source}")
+            constraints.freeze(x.ids[axis], reason)
         ids, _ = joined(constraints, ins, range(len(outs[0])))
-        ids[axis] = np.full(outs[0][axis], FROZEN)
+        ids[axis] = constraints.fixed(outs[0][axis], reason)
         keeps = name != "cumlogsumexp"
         found = []
         for x in ins:

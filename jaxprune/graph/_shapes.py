@@ -261,7 +261,10 @@ def bitcast_rule(
     rest = shape[shared:]
     return [
         AxisInfo(
-            (*x.ids[:shared], *(np.full(n, FROZEN) for n in rest)),
+            (
+                *x.ids[:shared],
+                *(constraints.fixed(n, f"bits are joined at {source}") for n in rest),
+            ),
             (*x.zero[:shared], *(np.zeros(n, bool) for n in rest)),
             0.0 if x.is_zero else None,
         )

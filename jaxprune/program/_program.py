@@ -177,7 +177,11 @@ def _open(
     *,
     is_relu: bool = False,
     scope: str = "",
+    called_at: str = "",
 ) -> list[int]:
+    """`called_at`: where the user called a function of a library that is opened; traces of those are
+    kept, and name the place of their first call.
+    """
     jaxpr = closed.jaxpr if isinstance(closed, ClosedJaxpr) else closed
     consts = closed.consts if isinstance(closed, ClosedJaxpr) else []
     env: dict[Any, int] = dict(zip(jaxpr.invars, ins, strict=True))
@@ -196,7 +200,10 @@ def _open(
         inner = eqn.params.get(known.programs[0]) if known.kind is Kind.OPENED else None
         if inner is not None and len(_invars(inner)) == len(operands):
             named = eqn.params.get("name") == "relu"
-            results = _open(program, inner, operands, is_relu=is_relu or named, scope=around)
+            place = called_at or (_source(eqn) if _of_library(inner) else "")
+            results = _open(
+                program, inner, operands, is_relu=is_relu or named, scope=around, called_at=place
+            )
         else:
             results = [_new(program, var.aval) for var in eqn.outvars]
             program.operations.append(
@@ -205,7 +212,7 @@ def _open(
                     eqn.params,
                     tuple(operands),
                     tuple(results),
-                    _source(eqn),
+                    called_at or _source(eqn),
                     is_relu and eqn.primitive.name == "max",
                     bool(eqn.effects),
                     around,
@@ -214,6 +221,13 @@ def _open(
             )
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _of_library(inner: Any) -> bool:
+    """Whether an inner program is that of a function of JAX or Flax."""
+    jaxpr = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+    defined = getattr(getattr(jaxpr, "debug_info", None), "func_src_info", None) or ""
+    return any(part in defined for part in _NOT_THE_USERS)
 
 
 def _invars(jaxpr: Any) -> Any:
