@@ -238,9 +238,9 @@ def test_verify(monkeypatch):
     assert max(compact_fn.differences.values()) < 1e-5
     compact_fn, _ = jp.compact(fn, params, masks, x)
     assert compact_fn.differences is None
-    right = jp.structure._compact.run
+    right = jp.structure._function.run
     wrong = lambda plan, inputs: [x + 0.1 for x in right(plan, inputs)]
-    monkeypatch.setattr(jp.structure._compact, "run", wrong)
+    monkeypatch.setattr(jp.structure._function, "run", wrong)
     with pytest.raises(ValueError, match="verify: output .* differs"):
         jp.compact(fn, params, masks, x, verify=True)
 
