@@ -33,7 +33,7 @@ def unit_masks(
     params: float | None = None,
     flops: float | None = None,
     scope: str = "global",
-    reduce: str = "mean",
+    reduce: str = "kernels",
     normalize: str = "none",
     round_to: int = 1,
     min_units: int = 1,
@@ -41,7 +41,7 @@ def unit_masks(
 ) -> Masks:
     """Masks that remove whole units: channels, neurons, heads, features of a residual stream.
 
-    The score of a unit is a reduction over all entries of all its slices, in every leaf that it touches.
+    The score of a unit is a reduction over the entries of its slices, in the leaves that it touches.
     Exactly one target is given.
 
     Args:
@@ -55,14 +55,16 @@ def unit_masks(
       scope: `"global"` ranks all units together, `"leaf"` within each group, `"isomorphic"` within each
         class of groups of the same kind: those whose members have the same names, ranks and axes, such
         as the neurons of all blocks (Fang et al. 2024, https://arxiv.org/abs/2407.04616).
-      reduce: `"mean"`, `"l1"` (sum of absolute values), `"l2"`, `"max"`, `"first"` (the mean over the
-        group's first member alone), or `"kernels"` (the mean over the leaves that products and
-        convolutions use of each one's mean, so that large kernels do not outvote small ones; over all
-        members where a group has no such leaf).
+      reduce: `"kernels"`: the mean over the leaves that products and convolutions use of each one's mean,
+        so that large kernels do not outvote small ones, and biases and norms have no voice (over all
+        members where a group has no such leaf). Or, over all entries: `"mean"`, `"l1"` (sum of absolute
+        values), `"l2"`, `"max"`, or `"first"` (the mean over the group's first member alone).
       normalize: what a unit's score is divided by: `"none"`, or its group's `"mean"`, `"max"` or `"sum"`,
         or `"gaussian"` (subtract the mean, divide by the deviation). All but `"none"` put the units of
-        narrow early groups on the scale of those of wide late ones; under `scope="global"` the mean cost
-        three trained CNNs 27 to 58 % of their answers at a tenth of the units, `"none"` 2 to 4 %.
+        narrow early groups on the scale of those of wide late ones, which empties them: under
+        `scope="global"` the mean cost trained CNNs most of their answers at a tenth of the units
+        (`benchmarks/units.py`). Weights that were never trained differ between groups by their
+        initialization only; `scope="leaf"` takes an equal share of each.
       round_to: keep a multiple of so many units of each group, where the group is as large.
       min_units: keep at least so many units of each group.
       ignore: names of groups and regular expressions of paths that stay whole.
