@@ -47,7 +47,8 @@ def unit_masks(
     Args:
       graph: from `jp.trace`.
       scores: any scores of the traced parameters; leaves that score the scalar `+inf` say nothing.
-      unit_scores: instead, scores of units, by name of their group, `{name: (units,)}`, such as the
+      unit_scores: instead, scores of units, by name of their group, `{name: (units,)}`: what flows
+        through them (`jp.structure.activation_scores`, the better choice where there is data), or the
         rates at which gates open them (`jp.gates.inspect`); groups without scores stay whole.
       sparsity: fraction of the units to remove, in [0, 1].
       params: fraction of the parameters to keep, in (0, 1].
