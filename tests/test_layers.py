@@ -14,6 +14,7 @@ LAYERS = {
     "_leaves": 0,
     "_checks": 0,
     "_progress": 0,
+    "_timing": 0,
     "schedules": 0,
     "scores": 1,
     "masks": 1,

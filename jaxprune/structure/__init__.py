@@ -1,5 +1,6 @@
 """Structure: units and layers of a traced function, masked whole and removed for good."""
 
+from jaxprune.structure._activation_scores import activation_scores
 from jaxprune.structure._compact import CompactFunction, compact
 from jaxprune.structure._layer_masks import layer_masks
 from jaxprune.structure._layer_scores import layer_scores
@@ -12,6 +13,7 @@ __all__ = [
     "CompactFunction",
     "Layer",
     "Units",
+    "activation_scores",
     "keep_units",
     "layer_masks",
     "layer_scores",

@@ -48,7 +48,7 @@ class Units:
         self,
         graph: Graph,
         *,
-        reduce: str = "mean",
+        reduce: str = "kernels",
         normalize: str = "none",
         min_units: int = 1,
         ignore: Sequence[str] = (),

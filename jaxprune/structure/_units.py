@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Scores
 from jaxprune.graph import Graph, Group, places_of, reduced
+from jaxprune.structure._latency import search_latency
+from jaxprune.structure._rounding import FINEST, Rounding, by_number, by_platform
 from jaxprune.structure._scoring import (
     NORMALIZATIONS,
     REDUCTIONS,
@@ -22,6 +25,7 @@ from jaxprune.structure._scoring import (
 
 _SCOPES = ("global", "leaf", "isomorphic")
 _BISECTIONS = 24
+_SHARE = 0.75  # of a target, that rounded widths leave at least
 
 
 def unit_masks(
@@ -32,38 +36,49 @@ def unit_masks(
     sparsity: float | None = None,
     params: float | None = None,
     flops: float | None = None,
+    latency: float | None = None,
     scope: str = "global",
-    reduce: str = "mean",
+    reduce: str = "kernels",
     normalize: str = "none",
-    round_to: int = 1,
+    round_to: int | str = "auto",
     min_units: int = 1,
     ignore: Sequence[str] = (),
 ) -> Masks:
     """Masks that remove whole units: channels, neurons, heads, features of a residual stream.
 
-    The score of a unit is a reduction over all entries of all its slices, in every leaf that it touches.
+    The score of a unit is a reduction over the entries of its slices, in the leaves that it touches.
     Exactly one target is given.
 
     Args:
       graph: from `jp.trace`.
       scores: any scores of the traced parameters; leaves that score the scalar `+inf` say nothing.
-      unit_scores: instead, scores of units, by name of their group, `{name: (units,)}`, such as the
+      unit_scores: instead, scores of units, by name of their group, `{name: (units,)}`: what flows
+        through them (`jp.structure.activation_scores`, the better choice where there is data), or the
         rates at which gates open them (`jp.gates.inspect`); groups without scores stay whole.
       sparsity: fraction of the units to remove, in [0, 1].
       params: fraction of the parameters to keep, in (0, 1].
       flops: fraction of the FLOPs of a call to keep, in (0, 1].
+      latency: fraction of a call's time to keep, in (0, 1], measured here on JAX's default backend, with
+        the traced shapes and made-up values: some eight candidates are compiled and timed in turns with
+        the dense function, a second each. What is chosen met the target twice; two searches may differ.
       scope: `"global"` ranks all units together, `"leaf"` within each group, `"isomorphic"` within each
         class of groups of the same kind: those whose members have the same names, ranks and axes, such
         as the neurons of all blocks (Fang et al. 2024, https://arxiv.org/abs/2407.04616).
-      reduce: `"mean"`, `"l1"` (sum of absolute values), `"l2"`, `"max"`, `"first"` (the mean over the
-        group's first member alone), or `"kernels"` (the mean over the leaves that products and
-        convolutions use of each one's mean, so that large kernels do not outvote small ones; over all
-        members where a group has no such leaf).
+      reduce: `"kernels"`: the mean over the leaves that products and convolutions use of each one's mean,
+        so that large kernels do not outvote small ones, and biases and norms have no voice (over all
+        members where a group has no such leaf). Or, over all entries: `"mean"`, `"l1"` (sum of absolute
+        values), `"l2"`, `"max"`, or `"first"` (the mean over the group's first member alone).
       normalize: what a unit's score is divided by: `"none"`, or its group's `"mean"`, `"max"` or `"sum"`,
         or `"gaussian"` (subtract the mean, divide by the deviation). All but `"none"` put the units of
-        narrow early groups on the scale of those of wide late ones; under `scope="global"` the mean cost
-        three trained CNNs 27 to 58 % of their answers at a tenth of the units, `"none"` 2 to 4 %.
-      round_to: keep a multiple of so many units of each group, where the group is as large.
+        narrow early groups on the scale of those of wide late ones, which empties them: under
+        `scope="global"` the mean cost trained CNNs most of their answers at a tenth of the units
+        (`benchmarks/units.py`). Weights that were never trained differ between groups by their
+        initialization only; `scope="leaf"` takes an equal share of each.
+      round_to: keep a multiple of so many units of each group, where the group is as large. `"auto"`
+        takes the multiples at which JAX's default backend gains (8, 16 and 32 channels on a CPU, whose
+        odd widths run slower than larger ones; 8 and 64 on a GPU; 8 and 128 on a TPU): under `latency`
+        always, under `params` and `flops` as coarsely as leaves at least three quarters of what was
+        asked for. Under `sparsity` it keeps the exact number, which was asked for.
       min_units: keep at least so many units of each group.
       ignore: names of groups and regular expressions of paths that stay whole.
 
@@ -88,51 +103,72 @@ def unit_masks(
     _checks.choice("scope", scope, _SCOPES)
     _checks.choice("reduce", reduce, REDUCTIONS)
     _checks.choice("normalize", normalize, NORMALIZATIONS)
-    _checks.positive_int("round_to", round_to)
+    if round_to != "auto":
+        _checks.positive_int("round_to", round_to)
     _checks.positive_int("min_units", min_units)
-    targets = {"sparsity": sparsity, "params": params, "flops": flops}
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise ValueError(
-            f"expected one of sparsity=, params= and flops=, got {sorted(given) or 'none'}"
-        )
-    ((target, value),) = given.items()
-    _checks.fraction(target, value)
+    target, value = _target(sparsity=sparsity, params=params, flops=flops, latency=latency)
     groups = open_groups(graph, ignore)
     ranked = [
         normalized(x, normalize) for x in _scores_of(graph, groups, scores, unit_scores, reduce)
     ]
     classes = _classes(graph, groups, scope)
+    if value and target in ("sparsity", "latency"):
+        _check_open(graph, groups, ignore, target)
 
-    def choose(fraction: float) -> np.ndarray:
-        return _chosen(graph, groups, ranked, fraction, classes, round_to, min_units)
+    def choose(rounding: list[Rounding], fraction: float) -> np.ndarray:
+        return _chosen(graph, groups, ranked, fraction, classes, rounding)
 
-    if value and target == "sparsity":
-        _check_open(graph, groups, ignore)
+    exact = by_number(groups, 1 if round_to == "auto" else int(round_to), min_units)
+    of_platform = partial(by_platform, graph, groups, min_units)
     if target == "sparsity":
-        removed = choose(value)
+        removed = choose(exact, value)
         if not removed.any() and round(value * sum(group.size for group in groups)):
-            names = ", ".join(group.name for group in groups[:4])
-            warnings.warn(
-                f"sparsity: nothing goes at {value:g}: min_units={min_units} and round_to={round_to} "
-                f"keep all units of {names}, or no score is finite",
-                stacklevel=2,
-            )
-        return masks_without(graph, removed)
-    measure = _measure(graph, target)
-    return masks_without(graph, _search(choose, measure, target, value))
+            _tell_nothing_goes(groups, value, min_units, round_to)
+    elif target == "latency":
+        rounding = of_platform() if round_to == "auto" else exact
+        removed = search_latency(graph, partial(choose, rounding), value)
+    elif round_to == "auto":
+        removed = _search_rounded(
+            choose, of_platform, exact, _measure(graph, target), target, value
+        )
+    else:
+        removed = _search(partial(choose, exact), _measure(graph, target), target, value)
+    return masks_without(graph, removed)
 
 
-def _check_open(graph: Graph, groups: list[Group], ignore: Sequence[str]) -> None:
+def _target(**targets: float | None) -> tuple[str, float]:
+    """The one that is given."""
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            f"expected one of sparsity=, params=, flops= and latency=, got {sorted(given) or 'none'}"
+        )
+    ((target, value),) = given.items()
+    _checks.fraction(target, value)
+    return target, value
+
+
+def _tell_nothing_goes(
+    groups: list[Group], value: float, min_units: int, round_to: int | str
+) -> None:
+    names = ", ".join(group.name for group in groups[:4])
+    warnings.warn(
+        f"sparsity: nothing goes at {value:g}: min_units={min_units} and round_to={round_to} "
+        f"keep all units of {names}, or no score is finite",
+        stacklevel=3,
+    )
+
+
+def _check_open(graph: Graph, groups: list[Group], ignore: Sequence[str], target: str) -> None:
     """Refuses to remove units where none can go."""
     if groups:
         return
     if graph.groups:
         names = ", ".join(group.name for group in graph.groups[:4])
-        raise ValueError(f"sparsity: nothing to remove: ignore={ignore!r} closes all of {names}")
+        raise ValueError(f"{target}: nothing to remove: ignore={ignore!r} closes all of {names}")
     reasons = "; ".join(f"{path}[{axis}]: {why}" for (path, axis), why in graph.frozen[:4])
     raise ValueError(
-        f"sparsity: no unit of this function can go: {reasons or 'no parameter is read'}"
+        f"{target}: no unit of this function can go: {reasons or 'no parameter is read'}"
     )
 
 
@@ -200,8 +236,7 @@ def _chosen(
     ranked: list[np.ndarray],
     fraction: float,
     classes: np.ndarray,
-    round_to: int,
-    min_units: int,
+    rounding: list[Rounding],
 ) -> np.ndarray:
     """Per component whether that unit goes, when `fraction` of the units of each class should."""
     everything = np.concatenate([*ranked, np.zeros(0)])
@@ -212,15 +247,9 @@ def _chosen(
         lowest = mine[np.argsort(everything[mine], kind="stable")][: round(fraction * len(mine))]
         wanted += np.bincount(owner[lowest], minlength=len(groups))
     removed = np.zeros(len(graph.solution.reason), bool)
-    for group, score, count in zip(groups, ranked, wanted.tolist(), strict=True):
-        left = max(group.size - count, min(min_units, group.size))
-        if group.size >= round_to:
-            left = min(max(round(left / round_to), 1) * round_to, group.size)
-            left = max(left, min(-(-min_units // round_to) * round_to, group.size))
-        finite = int(np.isfinite(score).sum())
-        removed[group.units[np.argsort(score, kind="stable")[: min(group.size - left, finite)]]] = (
-            True
-        )
+    for group, score, count, rounded in zip(groups, ranked, wanted.tolist(), rounding, strict=True):
+        count = min(group.size - rounded(group.size - count), int(np.isfinite(score).sum()))
+        removed[group.units[np.argsort(score, kind="stable")[:count]]] = True
     return removed
 
 
@@ -253,6 +282,26 @@ def _measure(graph: Graph, target: str) -> Callable[[np.ndarray], float]:
     count = sizes if target == "params" else cost
     full = count(np.zeros(graph.solution.label.shape, bool))
     return lambda removed: count(graph.solution.removed(removed)) / max(full, 1)
+
+
+def _search_rounded(
+    choose: Callable[[list[Rounding], float], np.ndarray],
+    of_platform: Callable[..., list[Rounding]],
+    exact: list[Rounding],
+    measure: Callable[[np.ndarray], float],
+    target: str,
+    value: float,
+) -> np.ndarray:
+    """The search with the coarsest multiples that do not leave much less than the target."""
+    finer = 1
+    while finer < FINEST:
+        one = partial(choose, of_platform(finer=finer))
+        if measure(one(1.0)) <= value:
+            removed = _search(one, measure, target, value)
+            if measure(removed) >= _SHARE * value:
+                return removed
+        finer *= 2
+    return _search(partial(choose, exact), measure, target, value)
 
 
 def _search(

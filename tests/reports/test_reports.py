@@ -1,3 +1,5 @@
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,3 +89,29 @@ def test_picture_of_groups(tmp_path):
         "<!-- 6/8 -->"
         in jp.reports.plot_groups(tmp_path / "cut.svg", graph, masks=masks).read_text()
     )
+
+
+def test_smaller_and_slower_is_told(monkeypatch):
+    from jaxprune.reports import _table
+
+    params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
+    fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    x = jnp.ones((1, 4))
+    masks = {"a": (jnp.arange(8) < 6)[None], "b": (jnp.arange(8) < 6)[:, None]}
+    small_fn, small = jp.compact(fn, params, masks, x)
+
+    def clock(dense, now):
+        times = {"before": np.array([dense]), "after": np.array([now])}
+        monkeypatch.setattr(_table, "in_turns", lambda calls, **how: times)
+
+    clock(1e-2, 1.3e-2)
+    with pytest.warns(UserWarning, match=r"smaller is slower.*1\.30x.*latency="):
+        found = jp.report(fn, params, small, x, compressed_fn=small_fn)
+    assert "1.30x slower" in str(found)
+    with pytest.warns(UserWarning, match=r"smaller is slower.*explain"):
+        jp.report(fn, params, jp.quantize_tree(params), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dense, now in ((1e-2, 1e-2), (1e-2, 1.05e-2), (1e-5, 3e-5)):  # equal, noise, too short
+            clock(dense, now)
+            jp.report(fn, params, small, x, compressed_fn=small_fn)
