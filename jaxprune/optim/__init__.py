@@ -15,6 +15,7 @@ from jaxprune.optim._phased import PhasedState, phased
 from jaxprune.optim._proximal import ProximalState, proximal_l1
 from jaxprune.optim._rigl import rigl
 from jaxprune.optim._set import set_
+from jaxprune.optim._soft_threshold import soft_threshold
 from jaxprune.optim._static_random import static_random
 from jaxprune.optim._straight_through import straight_through
 from jaxprune.optim._top_kast import top_kast
@@ -41,6 +42,7 @@ __all__ = [
     "replace_masks",
     "rigl",
     "set_",
+    "soft_threshold",
     "sparse_params",
     "static_random",
     "straight_through",
