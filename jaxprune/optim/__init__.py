@@ -7,11 +7,13 @@ from jaxprune.optim._flax import register
 from jaxprune.optim._forward import ForwardState
 from jaxprune.optim._gradual import gradual
 from jaxprune.optim._group_lasso import proximal_group_lasso, zero_units
+from jaxprune.optim._growing import growing
 from jaxprune.optim._masked import MaskedState, masked_update
 from jaxprune.optim._metrics import metrics
 from jaxprune.optim._movement import movement
 from jaxprune.optim._moving import Changes, SparseState
 from jaxprune.optim._phased import PhasedState, phased
+from jaxprune.optim._powerprop import PowerpropState, powerprop
 from jaxprune.optim._proximal import ProximalState, proximal_l1
 from jaxprune.optim._rigl import rigl
 from jaxprune.optim._set import set_
@@ -27,6 +29,7 @@ __all__ = [
     "ForwardState",
     "MaskedState",
     "PhasedState",
+    "PowerpropState",
     "ProximalState",
     "SparseState",
     "ac_dc",
@@ -34,9 +37,11 @@ __all__ = [
     "clustered",
     "get_masks",
     "gradual",
+    "growing",
     "metrics",
     "movement",
     "phased",
+    "powerprop",
     "proximal_group_lasso",
     "proximal_l1",
     "replace_masks",

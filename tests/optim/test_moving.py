@@ -25,6 +25,12 @@ SPARSE = {
     "gradual": lambda tx, s, **k: jp.optim.gradual(
         tx, jp.schedules.linear(s, end=4), **{"scope": "leaf", **k}
     ),
+    "growing": lambda tx, s, **k: jp.optim.growing(
+        tx, s, growth=0.2, every=1, pick=0.3, **{"scope": "leaf", **k}
+    ),
+    "gradual of powerprop": lambda tx, s, **k: jp.optim.gradual(
+        jp.optim.powerprop(tx), jp.schedules.linear(s, end=4), **{"scope": "leaf", **k}
+    ),
 }
 FORWARD = {
     "straight_through": lambda tx, s, **k: jp.optim.straight_through(tx, s, decay=1e-2, **k),
