@@ -25,7 +25,7 @@ class PowerpropState(NamedTuple):
 
 def powerprop(
     inner: optax.GradientTransformation,
-    alpha: float = 2.0,
+    alpha: float,
     *,
     uses: Any = None,
     where: Where = None,
@@ -33,11 +33,11 @@ def powerprop(
     """Train `theta` of `w = theta |theta|^(alpha - 1)`, while the parameters stay `w` (Powerprop).
 
     Large weights learn faster, small ones slower, so that many end near zero and can be pruned:
-    `jp.optim.gradual(jp.optim.powerprop(optax.adam(1e-3)), schedule)`, or `jp.prune_tree` after training.
-    By itself it prunes nothing. `inner` sees `theta` and its gradient, decays and clips those; the
-    network, checkpoints and masks see `w`, so that no forward pass changes. A weight of exactly zero has
-    no gradient and stays there: what initialisers set to zero should be left out by `where`, and masks
-    that grow (`jp.optim.rigl`) need `fresh=`.
+    `jp.optim.gradual(jp.optim.powerprop(optax.adam(1e-3), 2.0), schedule)`, or `jp.prune_tree` after
+    training. By itself it prunes nothing. `inner` sees `theta` and its gradient, decays and clips those;
+    the network, checkpoints and masks see `w`, so that no forward pass changes. A weight of exactly zero
+    has no gradient and stays there: what initialisers set to zero should be left out by `where`, and
+    masks that grow (`jp.optim.rigl`) need `fresh=`.
 
     Args:
       inner: any optax transform. Extra arguments `value_fn`, `obj_fn` and `grad` are put in terms of

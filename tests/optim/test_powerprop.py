@@ -102,14 +102,14 @@ def test_linen_and_nnx():
     module = nn.Dense(4)
     params = module.init(jax.random.key(0), X)["params"]
     trained, _ = run(
-        jp.optim.powerprop(optax.adam(1e-2)),
+        jp.optim.powerprop(optax.adam(1e-2), 2.0),
         params,
         lambda p: jnp.mean(jnp.square(module.apply({"params": p}, X))),
     )
     assert (trained["kernel"] != params["kernel"]).all()
     model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
     before = model.kernel[...]
-    optimizer = nnx.Optimizer(model, jp.optim.powerprop(optax.adam(1e-2)), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, jp.optim.powerprop(optax.adam(1e-2), 2.0), wrt=nnx.Param)
     optimizer.update(model, nnx.grad(lambda m: jnp.mean(jnp.square(m(X))))(model))
     assert (model.kernel[...] != before).all()
 
@@ -117,7 +117,7 @@ def test_linen_and_nnx():
 def test_bad_input():
     with pytest.raises(ValueError, match="alpha"):
         jp.optim.powerprop(optax.sgd(0.1), 0.5)
-    tx = jp.optim.powerprop(optax.sgd(0.1))
+    tx = jp.optim.powerprop(optax.sgd(0.1), 2.0)
     with pytest.raises(ValueError, match="selects no leaf"):
         tx.init({"b": jnp.ones(3)})
     with pytest.raises(ValueError, match="tx.update"):
