@@ -52,8 +52,9 @@ def reset_entries(
 
 # what a fusion computes as it reads, without a pass of its own
 _ELEMENTWISE = {
-    "add", "and", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "empty", "eq", "full_like", "jit",
-    "mul", "ne", "neg", "not", "or", "pjit", "select_n", "sign", "squeeze", "stop_gradient", "sub",
+    "add", "and", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "empty", "eq",
+    "full_like", "jit", "mul", "ne", "neg", "not", "or", "pjit", "select_n", "sign", "squeeze",
+    "stop_gradient", "sub",
 }  # fmt: skip
 
 
