@@ -87,7 +87,7 @@ def spartan(
         for group in _together(leaves, scope):
             slope, shift = _fitted([leaves[i] for i in group], density[group[0]], beta)
             for i in group:
-                slopes[i], shifts[i] = slope, shift
+                slopes[i], shifts[i] = jnp.copy(slope), jnp.copy(shift)  # a state may be donated
         return {"slope": treedef.unflatten(slopes), "shift": treedef.unflatten(shifts)}
 
     def memory(params: Params) -> dict[str, Any]:

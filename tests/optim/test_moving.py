@@ -126,6 +126,18 @@ def test_states_are_saved_resumed_donated_and_mapped(name):
     assert state.step == 3
 
 
+@pytest.mark.parametrize("scope", ["leaf", "global"])
+@pytest.mark.parametrize("name", MAKE)
+def test_a_state_may_be_donated_as_init_gives_it(name, scope):
+    """No buffer is in it twice, and none is the caller's."""
+    if name in ("soft_threshold", "learned_nm") and scope == "global":
+        return
+    scopes = {} if name in ("soft_threshold", "learned_nm") else {"scope": scope}
+    state = MAKE[name](optax.adam(0.1), 0.5, **scopes).init(PARAMS)
+    held = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((state, PARAMS))]
+    assert len(set(held)) == len(held)
+
+
 @pytest.mark.parametrize("name", HELD)
 def test_runs_on_eight_devices_as_on_one(name):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
