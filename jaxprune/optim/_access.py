@@ -12,9 +12,10 @@ from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params, PyTree
 from jaxprune.masks import PackedTree
 from jaxprune.optim._fit import spread_over, takes_update
-from jaxprune.optim._forward import ForwardState, masked_where
-from jaxprune.optim._masked import MaskedState, held_masks
+from jaxprune.optim._forward import ForwardState, forward_params
+from jaxprune.optim._masked import MaskedState, held_masks, keep
 from jaxprune.optim._moving import SparseState
+from jaxprune.optim._view import seen_through
 
 _HOLDERS = (MaskedState, SparseState, ForwardState)
 _EXPECTED = (
@@ -93,12 +94,13 @@ def replace_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
 
 
 def sparse_params(opt_state: optax.OptState, params: Params) -> Params:
-    """The parameters that the network runs on: masked, with straight-through gradients.
+    """The parameters that the network runs on: sparse, with straight-through gradients.
 
-    For `jp.optim.straight_through`, `top_kast` and `movement`, which train dense weights: the loss is
-    that of `sparse_params(opt_state, params)`, and so is the network in the end. Differentiate with
-    respect to what it returns, or through it, which is the same. For transforms that keep pruned weights
-    at zero it changes nothing.
+    For `jp.optim.straight_through`, `top_kast`, `movement`, `soft_threshold`, `spartan` and `learned_nm`,
+    which train dense weights: the loss is that of `sparse_params(opt_state, params)`, and so is the
+    network in the end. Differentiate with respect to what it returns, or through it, which is the same:
+    the transform knows how that gradient reaches weights, thresholds and logits. For transforms that keep
+    pruned weights at zero it changes nothing.
 
     Args:
       opt_state: a state that holds that of exactly one masking transform.
@@ -118,9 +120,12 @@ def sparse_params(opt_state: optax.OptState, params: Params) -> Params:
       >>> jax.grad(lambda p: jnp.sum(jp.optim.sparse_params(state, p)["w"]))(params)["w"].tolist()
       [[1.0, 1.0], [1.0, 1.0]]
     """
-    masks = get_masks(opt_state)
+    holder = holder_of(opt_state)
+    masks = held_masks(holder)
     masks = _checks.masks_fit(masks, params)
-    return masked_where(params, masks)
+    if isinstance(holder, ForwardState):
+        return forward_params(holder, params)
+    return seen_through(params, keep(params, masks))
 
 
 def check(opt_state: optax.OptState, params: Params) -> PyTree:

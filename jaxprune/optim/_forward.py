@@ -16,8 +16,9 @@ from jaxtyping import Array, Int
 from jaxprune import _trees
 from jaxprune._types import Masks, Params
 from jaxprune.optim._fit import is_empty, takes_update
-from jaxprune.optim._masked import check_masks, required
+from jaxprune.optim._masked import check_masks, keep, required
 from jaxprune.optim._moving import Changes, Rule, Seen, moved, no_changes, started
+from jaxprune.optim._view import View, seen_through
 
 
 class ForwardState(NamedTuple):
@@ -29,6 +30,7 @@ class ForwardState(NamedTuple):
       memory: what the rule remembers, a dictionary.
       changes: what the masks did so far.
       inner_state: state of the wrapped transform.
+      view: what the network runs on where that is more than masked weights; holds no arrays.
     """
 
     step: Int[Array, ""]
@@ -36,6 +38,7 @@ class ForwardState(NamedTuple):
     memory: dict[str, Any]
     changes: Changes
     inner_state: optax.OptState
+    view: Any = None
 
     @property
     def count(self) -> Int[Array, ""]:  # ty: ignore[incompatible-property-override]
@@ -45,15 +48,15 @@ class ForwardState(NamedTuple):
 
 @dataclass(frozen=True)
 class ForwardRule(Rule):
-    """A `Rule` that also says what reaches the dense weights.
+    """A `Rule` whose masks hold in the forward pass only.
 
     Attributes:
-      reach: `seen -> (grads, memory)`, every step; `seen.grads` are those of the sparse forward pass.
       free: `(masks, memory) -> tree of bools`: which weights may move; `None`: all.
+      view: what the forward pass sees; `None`: masked weights.
     """
 
-    reach: Callable[[Seen], tuple[Params, dict[str, Any]]] | None = None
     free: Callable[[Masks, dict[str, Any]], Masks] | None = None
+    view: View | None = None
 
 
 def forward(
@@ -65,7 +68,8 @@ def forward(
     def init(params: Params) -> ForwardState:
         masks = params if is_empty(params) else started(rule, params)
         zero = jnp.zeros((), jnp.int32)
-        return ForwardState(zero, masks, rule.memory(params), no_changes(), inner.init(params))
+        memory, inner_state = rule.memory(params), inner.init(params)
+        return ForwardState(zero, masks, memory, no_changes(), inner_state, rule.view)
 
     def update(
         updates: optax.Updates, state: Any, params: Params | None = None, **extra: Any
@@ -84,26 +88,17 @@ def forward(
         due = jnp.array(False) if rule.due is None else rule.due(step, memory)
         after = optax.apply_updates(params, new)
         masks, memory, changes = moved(rule, due, seen, after, updates)
-        return new, ForwardState(step, masks, memory, changes, inner_state)
+        return new, ForwardState(step, masks, memory, changes, inner_state, rule.view)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def masked_where(params: Params, masks: Masks) -> Params:
-    """Masked parameters whose gradient passes straight through to all of them."""
-    return _trees.map_with_path(
-        lambda _, p, m: _straight_through(p, m) if takes_update(p) else p, params, masks
-    )
-
-
-@jax.custom_jvp
-def _straight_through(param: Array, mask: Array) -> Array:
-    return jnp.where(mask, param, jnp.zeros((), param.dtype))
-
-
-@_straight_through.defjvp
-def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
-    return _straight_through(*primals), tangents[0]
+def forward_params(state: ForwardState, params: Params) -> Params:
+    """What the network runs on, with gradients that are handed on to all parameters."""
+    still = jax.lax.stop_gradient(params)
+    if state.view is None:
+        return seen_through(params, keep(still, state.masks))
+    return seen_through(params, state.view(still, state.masks, state.memory))
 
 
 def _only_where(_: str, update: Any, free: Any) -> Any:

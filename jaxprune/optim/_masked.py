@@ -12,7 +12,7 @@ from jaxprune import _checks, _trees
 from jaxprune._types import MaskFn, Masks, Params
 from jaxprune.masks import PackedTree, masked
 from jaxprune.optim._fit import fitted, is_empty, takes_update
-from jaxprune.optim._states import reset_entries
+from jaxprune.optim._states import is_elementwise, reset_entries
 
 
 class MaskedState(NamedTuple):
@@ -139,14 +139,19 @@ def refreshed(
 ) -> optax.OptState:
     """The state of `inner` after a change of masks: only entries kept before and after stay.
 
-    Off the path of other steps, where it is handed on without a copy.
+    Where `inner.init` is elementwise, as nearly always, entries are selected, which costs next to nothing
+    beside the step that reads them anyway; a branch would copy the state. Other states are reset in one.
     """
 
-    def reset(state: optax.OptState) -> optax.OptState:
+    def reset(state: optax.OptState, flag: Any = True) -> optax.OptState:
         weights = keep(params, masks)
         both = masks if old is None else jax.tree.map(jnp.logical_and, old, masks)
+        if flag is not True:
+            both = jax.tree.map(lambda m: m | ~flag if jnp.ndim(m) else m, both)
         return reset_entries(state, inner.init(weights), both, weights)
 
+    if _checks.is_traced(stale) and is_elementwise(inner.init, params):
+        return reset(inner_state, stale)
     return when(stale, reset, lambda state: state, inner_state)
 
 

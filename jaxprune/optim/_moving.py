@@ -92,6 +92,7 @@ class Rule:
       memory: `params -> dict`, also of the placeholders of `optax.tree.map_params`.
       holds: whether a step that moves masks applies no gradient.
       fresh: `(params, memory, step) -> params`, values of weights that are brought back; zero without.
+      reach: `seen -> (grads, memory)`, every step: what `inner` gets in place of the gradients.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Rule:
     memory: Callable[[Params], dict[str, Any]] = lambda _: {}
     holds: bool = False
     fresh: Callable[..., Params] | None = None
+    reach: Callable[[Seen], tuple[Params, dict[str, Any]]] | None = None
 
 
 def moving(
@@ -123,7 +125,10 @@ def moving(
         due = jnp.array(False) if rule.due is None else rule.due(state.step, state.memory)
         masks, memory, changes = moved(rule, due, state, params, updates)
         before = refreshed(inner, state.inner_state, due | state.stale, masks, params, state.masks)
-        new, after = masked_step(inner, masks, updates, before, params, extra)
+        grads = updates
+        if rule.reach is not None:
+            grads, memory = rule.reach(Seen(masks, params, updates, memory, state.step))
+        new, after = masked_step(inner, masks, grads, before, params, extra)
         if rule.holds:
             still = _trees.map_with_path(lambda _, u: jnp.where(due, jnp.zeros_like(u), u), new)
             new = emitted(params, still, masks)

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params, Scores
 from jaxprune.masks import NM
+from jaxprune.optim._keys import as_data
 from jaxprune.optim._moving import Rule, Seen, moving
 from jaxprune.optim._selection import Fractions, Selection, fractions_of
 from jaxprune.scores import random
@@ -47,7 +48,7 @@ def regrowing(
       select: how masks are made.
       fresh: initializer of weights that are brought back; zero without.
     """
-    data, remade = _as_data(key)
+    data, remade = as_data(key)
 
     def start(params: Params) -> Masks:
         scores = select.restricted(random(params, jax.random.fold_in(key, 0)), params)
@@ -100,17 +101,6 @@ def check_moves(drop: Any, every: int, begin: int, end: int | None) -> None:
             )
     if not callable(drop):
         _checks.fraction("drop", drop)
-
-
-def _as_data(key: jax.Array) -> tuple[Callable[[], Array], Callable[[Array], jax.Array]]:
-    """A key as plain integers, which every checkpoint takes, and back."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return lambda: jnp.array(key, copy=True), lambda data: data
-    impl = jax.random.key_impl(key)
-    return (
-        lambda: jnp.array(jax.random.key_data(key), copy=True),
-        lambda data: jax.random.wrap_key_data(data, impl=impl),
-    )
 
 
 def _kept_after_drop(select: Selection, seen: Seen, final: Any, drop: Array) -> Masks:

@@ -58,6 +58,9 @@ class Selection:
                 pattern_on(self.pattern, path, s.shape, use)
         if isinstance(self.pattern, TreePattern):
             found = jax.eval_shape(lambda s: self.masks(s, jnp.float32(0)), shapes)
+            if not any(m.ndim for m in jax.tree.leaves(found)):
+                reasons = getattr(self.pattern, "reasons", "")
+                raise ValueError(f"pattern: no unit of this function can go: {reasons}")
             return jax.tree.map(lambda m: jnp.ones(m.shape, bool), found)
         return _trees.map_with_path(_all_true, params, shapes)
 
@@ -87,6 +90,15 @@ def scorer(scores: ScoreFn, selection: Selection) -> Callable[[Params, Params], 
         return selection.restricted(found, params)
 
     return score
+
+
+def check_weights_only(name: str, scores: ScoreFn) -> None:
+    """Raises `ValueError` for scores that need gradients, where a transform has none of all weights."""
+    if _takes_gradients(scores):
+        raise ValueError(
+            f"scores: {name} scores weights before there are gradients of all of them; expected a "
+            "function of the parameters alone, such as jp.scores.magnitude"
+        )
 
 
 def wanted(schedule: Callable[[Array], Any], step: Array) -> PyTree:

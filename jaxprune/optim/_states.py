@@ -1,5 +1,6 @@
 """What optimizer states hold of weights that masks dropped or brought back."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,6 +48,25 @@ def reset_entries(
         return jnp.where(mask, old, jnp.asarray(new, jnp.result_type(old)))
 
     return jax.tree_util.tree_map_with_path(reset, state, fresh)
+
+
+# what a fusion computes as it reads, without a pass of its own
+_ELEMENTWISE = {
+    "add", "and", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "empty", "eq",
+    "full_like", "jit", "mul", "ne", "neg", "not", "or", "pjit", "select_n", "sign", "squeeze",
+    "stop_gradient", "sub",
+}  # fmt: skip
+
+
+def is_elementwise(init: Callable[[Params], optax.OptState], params: Params) -> bool:
+    """Whether a state begins as constants and as elementwise functions of the parameters."""
+
+    def plain(jaxpr: Any) -> bool:
+        inner = (getattr(eqn.params.get("jaxpr"), "jaxpr", None) for eqn in jaxpr.eqns)
+        known = all(eqn.primitive.name in _ELEMENTWISE for eqn in jaxpr.eqns)
+        return known and all(plain(x) for x in inner if x is not None)
+
+    return plain(jax.make_jaxpr(init)(params).jaxpr)
 
 
 def _mask_of(path: Any, shape: tuple[int, ...], owners: dict[Any, Any]) -> jax.Array | None:

@@ -13,7 +13,13 @@ from jaxprune.masks import NM, AnyPattern
 from jaxprune.optim._fit import takes_update
 from jaxprune.optim._forward import ForwardRule, forward
 from jaxprune.optim._moving import Seen
-from jaxprune.optim._selection import Selection, as_schedule, scorer, wanted
+from jaxprune.optim._selection import (
+    Selection,
+    as_schedule,
+    check_weights_only,
+    scorer,
+    wanted,
+)
 from jaxprune.scores import random
 
 
@@ -55,8 +61,8 @@ def straight_through(
       A transform whose state is a `ForwardState`.
 
     Raises:
-      ValueError: a number out of range, an unknown scope, a `where` or pattern
-        that does not fit the parameters (from `init`), or `params` missing (from `update`).
+      ValueError: a number out of range, an unknown scope, scores that need gradients, a `where` or
+        pattern that does not fit the parameters (from `init`), or `params` missing (from `update`).
       TypeError: a schedule of another type.
 
     Example:
@@ -77,6 +83,7 @@ def straight_through(
     _checks.positive_int("every", every)
     if decay < 0:
         raise ValueError(f"decay: expected a number of at least 0, got {decay}")
+    check_weights_only("straight_through", scores)
     select = Selection(scope, pattern, uses, where, min_keep if scope == "leaf" else 0)
     score = scorer(scores, select)
 

@@ -5,6 +5,7 @@ from jaxprune.reports._groups import plot_groups
 from jaxprune.reports._plot import plot_accuracy
 from jaxprune.reports._size import nbytes
 from jaxprune.reports._table import Report, Row, human_bytes, human_seconds, report, seconds
+from jaxprune.reports._training import plot_training
 
 __all__ = [
     "Report",
@@ -14,6 +15,7 @@ __all__ = [
     "plot_accuracy",
     "plot_gates",
     "plot_groups",
+    "plot_training",
     "report",
     "seconds",
 ]

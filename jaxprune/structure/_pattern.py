@@ -62,6 +62,12 @@ class Units:
         self._groups = open_groups(graph, ignore)
         self._places = [places_of(graph, group) for group in self._groups]
 
+    @property
+    def reasons(self) -> str:
+        """Why axes of the traced parameters cannot go, of the first few."""
+        few = [f"{path}[{axis}]: {why}" for (path, axis), why in self._graph.frozen[:4]]
+        return "; ".join(few) or "all are ignored"
+
     def pool_tree(self, scores: Scores) -> PyTree:
         """Scores per unit, a list with one array per group, from scores per entry."""
         scores = _checks.aligned("scores", scores, "the traced params", like_params(self._graph))

@@ -25,6 +25,12 @@ SPARSE = {
     "gradual": lambda tx, s, **k: jp.optim.gradual(
         tx, jp.schedules.linear(s, end=4), **{"scope": "leaf", **k}
     ),
+    "growing": lambda tx, s, **k: jp.optim.growing(
+        tx, s, growth=0.2, every=1, pick=0.3, **{"scope": "leaf", **k}
+    ),
+    "gradual of powerprop": lambda tx, s, **k: jp.optim.gradual(
+        jp.optim.powerprop(tx, 2.0), jp.schedules.linear(s, end=4), **{"scope": "leaf", **k}
+    ),
 }
 FORWARD = {
     "straight_through": lambda tx, s, **k: jp.optim.straight_through(tx, s, decay=1e-2, **k),
@@ -34,11 +40,22 @@ FORWARD = {
         tx, jp.schedules.one_shot(s, at=1), **{"scope": "leaf", **k}
     ),
 }
+# each layer finds its own sparsity
+OWN = {
+    "soft_threshold": lambda tx, s, **k: jp.optim.soft_threshold(tx, initial=0.0, **k),
+    "spartan": lambda tx, s, **k: jp.optim.spartan(tx, s, sharpness=3.0, **k),
+    "learned_nm": lambda tx, s, **k: jp.optim.learned_nm(
+        tx, jp.masks.NM(2, 4, axis=0), key=KEY, logits=optax.adam(0.1), **k
+    ),
+}
 ALL = SPARSE | FORWARD
+MAKE = ALL | OWN
 # the others of a family take the same paths
 QUICK = ("rigl", "gradual", "straight_through", "movement")
+LATE = ()
 SLOW = pytest.mark.slow
 EVERY = [n if n in QUICK else pytest.param(n, marks=SLOW) for n in ALL]
+HELD = [*EVERY, *(pytest.param(n, marks=SLOW) if n in LATE else n for n in OWN)]
 FEW = ["sgd", "adamw", "adafactor", "lamb", "contrib.schedule_free_sgd", "contrib.muon"]
 PARAMS = {
     "w": jax.random.normal(jax.random.key(0), (8, 16)),
@@ -93,9 +110,9 @@ def test_the_forward_pass_is_sparse_and_the_weights_are_not(name):
         jp.optim.replace_masks(state, jp.optim.get_masks(state))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", HELD)
 def test_states_are_saved_resumed_donated_and_mapped(name):
-    tx = ALL[name](optax.adam(0.1), 0.5)
+    tx = MAKE[name](optax.adam(0.1), 0.5)
     (params, state), _ = train(tx, PARAMS, 3)
     back = flax.serialization.from_bytes(tx.init(PARAMS), flax.serialization.to_bytes(state))
     leaves, treedef = jax.tree.flatten(back)
@@ -109,12 +126,24 @@ def test_states_are_saved_resumed_donated_and_mapped(name):
     assert state.step == 3
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("scope", ["leaf", "global"])
+@pytest.mark.parametrize("name", MAKE)
+def test_a_state_may_be_donated_as_init_gives_it(name, scope):
+    """No buffer is in it twice, and none is the caller's."""
+    if name in ("soft_threshold", "learned_nm") and scope == "global":
+        return
+    scopes = {} if name in ("soft_threshold", "learned_nm") else {"scope": scope}
+    state = MAKE[name](optax.adam(0.1), 0.5, **scopes).init(PARAMS)
+    held = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((state, PARAMS))]
+    assert len(set(held)) == len(held)
+
+
+@pytest.mark.parametrize("name", HELD)
 def test_runs_on_eight_devices_as_on_one(name):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec("x", "y"))
     put = lambda x: jax.device_put(x, sharding) if x.ndim == 2 else x
-    tx = ALL[name](optax.adam(0.1), 0.5)
+    tx = MAKE[name](optax.adam(0.1), 0.5)
     (one, first), _ = train(tx, PARAMS)
     spread = jax.tree.map(put, PARAMS)
     begun = tx.init(spread)
@@ -149,10 +178,10 @@ def test_blocks_and_channels(name, pattern):
     assert ((unit == unit[..., :1]) if unit.shape[-1] == 4 else (unit == unit[:1])).all()
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", HELD)
 def test_nnx_optimizer(name):
     model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, ALL[name](optax.adam(0.1), 0.5), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, MAKE[name](optax.adam(0.1), 0.5), wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer, x):
@@ -162,7 +191,27 @@ def test_nnx_optimizer(name):
     for _ in range(6):
         step(model, optimizer, jnp.ones((2, 8)))
     masks = jp.optim.get_masks(nnx.as_pure(optimizer.opt_state))
-    assert jp.sparsity(masks) == 0.5
+    assert jp.sparsity(masks) == 0.5 if name in ALL else 0 < jp.sparsity(masks) < 1
+
+
+@pytest.mark.parametrize("optimizer", [FEW[1], *(pytest.param(n, marks=SLOW) for n in FEW)])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=SLOW)], ids=str)
+@pytest.mark.parametrize("name", OWN)
+def test_what_finds_its_own_sparsity_trains_under_any_optimizer(name, optimizer, dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    tx = OWN[name](OPTIMIZERS[optimizer](), 0.5)
+    (trained, state), (_, sparsity) = train(tx, params)
+    assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype(dtype)}
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(trained))
+    assert all(not np.array_equal(trained[k], params[k]) for k in params)
+    seen = jp.optim.sparse_params(state, trained)
+    if name == "learned_nm":  # its forward passes are draws, soft ones
+        seen = jp.apply_masks(trained, jp.optim.get_masks(state))
+        sparsity = [jp.sparsity(jp.optim.get_masks(state))]
+    kept = jax.tree.map(lambda x: x != 0, seen)
+    for k in "wv":
+        np.testing.assert_array_equal(jp.optim.get_masks(state)[k], kept[k])
+    assert 0 < sparsity[-1] < 1
 
 
 @pytest.mark.parametrize("name", ["set_", "rigl"])
@@ -242,7 +291,7 @@ def test_bad_input():
         jp.optim.set_(sgd, 0.5, key=KEY, pattern=jp.masks.Channel(3)).init(PARAMS)
     with pytest.raises(ValueError, match="threshold"):
         jp.optim.movement(sgd, 0.5, method="soft", pattern=jp.masks.NM(2, 4))
-    for name, make in ALL.items():
+    for name, make in MAKE.items():
         tx = make(sgd, 0.5)
         state = tx.init(PARAMS)
         with pytest.raises(ValueError, match="tx.update"):

@@ -81,7 +81,7 @@ def test_group_lasso_ends_in_a_compacted_network():
     x = jax.random.normal(jax.random.key(5), (64, 5))
     y = jnp.tanh(x[:, :2])
     loss = lambda p: jnp.mean(jnp.square(network(p, x) - y))
-    tx = jp.optim.proximal_group_lasso(optax.adam(1e-2), 2e-2, graph=GRAPH, learning_rate=1e-2)
+    tx = jp.optim.proximal_group_lasso(optax.adam(1e-2), 0.07, graph=GRAPH, learning_rate=1e-2)
     params, _ = fit(tx, NET, loss, 600)
     masks = jp.optim.zero_units(GRAPH, params)
     small_fn, small = jp.compact(network, params, masks, x)
