@@ -71,8 +71,8 @@ def unit_masks(
       normalize: what a unit's score is divided by: `"none"`, or its group's `"mean"`, `"max"` or `"sum"`,
         or `"gaussian"` (subtract the mean, divide by the deviation). All but `"none"` put the units of
         narrow early groups on the scale of those of wide late ones, which empties them: under
-        `scope="global"` the mean cost two trained CNNs half and more of their answers at a tenth of the units
-        (`benchmarks/units.py`). Weights that were never trained differ between groups by their
+        `scope="global"` the mean cost two trained CNNs 40 to 74 % of their answers at a tenth of the
+        units (`benchmarks/units.py`). Weights that were never trained differ between groups by their
         initialization only; `scope="leaf"` takes an equal share of each.
       round_to: keep a multiple of so many units of each group, where the group is as large. `"auto"`
         takes the multiples at which JAX's default backend gains (8, 16 and 32 channels on a CPU, whose
