@@ -21,7 +21,6 @@ _MULTIPLES: dict[str, tuple[tuple[float, int], ...]] = {
     "gpu": ((64, 8), (math.inf, 64)),
     "tpu": ((128, 8), (math.inf, 128)),
 }
-FINEST = max(multiples[-1][1] for multiples in _MULTIPLES.values())
 
 
 def by_number(groups: list[Group], multiple: int, least: int) -> list[Rounding]:
@@ -31,7 +30,7 @@ def by_number(groups: list[Group], multiple: int, least: int) -> list[Rounding]:
 
 def by_platform(graph: Graph, groups: list[Group], least: int, *, finer: int = 1) -> list[Rounding]:
     """The nearest width at which the default backend gains, its multiples divided by `finer`."""
-    multiples = _MULTIPLES.get(jax.default_backend(), _MULTIPLES["cpu"])
+    multiples = _multiples()
     kernels = kernels_of(graph)
     return [
         partial(
@@ -43,6 +42,15 @@ def by_platform(graph: Graph, groups: list[Group], least: int, *, finer: int = 1
         )
         for group in groups
     ]
+
+
+def largest_multiple() -> int:
+    """The largest multiple of the default backend: divided by it, all counts are allowed."""
+    return _multiples()[-1][1]
+
+
+def _multiples() -> tuple[tuple[float, int], ...]:
+    return _MULTIPLES.get(jax.default_backend(), _MULTIPLES["cpu"])
 
 
 def _nearest(left: int, *, size: int, step: int, least: int) -> int:

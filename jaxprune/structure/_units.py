@@ -11,7 +11,7 @@ from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Scores
 from jaxprune.graph import Graph, Group, places_of, reduced
 from jaxprune.structure._latency import search_latency
-from jaxprune.structure._rounding import FINEST, Rounding, by_number, by_platform
+from jaxprune.structure._rounding import Rounding, by_number, by_platform, largest_multiple
 from jaxprune.structure._scoring import (
     NORMALIZATIONS,
     REDUCTIONS,
@@ -25,7 +25,7 @@ from jaxprune.structure._scoring import (
 
 _SCOPES = ("global", "leaf", "isomorphic")
 _BISECTIONS = 24
-_SHARE = 0.75  # of a target, that rounded widths leave at least
+_SHARE = 0.8  # of a target, that rounded widths leave at least
 
 
 def unit_masks(
@@ -71,14 +71,14 @@ def unit_masks(
       normalize: what a unit's score is divided by: `"none"`, or its group's `"mean"`, `"max"` or `"sum"`,
         or `"gaussian"` (subtract the mean, divide by the deviation). All but `"none"` put the units of
         narrow early groups on the scale of those of wide late ones, which empties them: under
-        `scope="global"` the mean cost trained CNNs most of their answers at a tenth of the units
-        (`benchmarks/units.py`). Weights that were never trained differ between groups by their
+        `scope="global"` the mean cost two trained CNNs 40 to 74 % of their answers at a tenth of the
+        units (`benchmarks/units.py`). Weights that were never trained differ between groups by their
         initialization only; `scope="leaf"` takes an equal share of each.
       round_to: keep a multiple of so many units of each group, where the group is as large. `"auto"`
         takes the multiples at which JAX's default backend gains (8, 16 and 32 channels on a CPU, whose
         odd widths run slower than larger ones; 8 and 64 on a GPU; 8 and 128 on a TPU): under `latency`
-        always, under `params` and `flops` as coarsely as leaves at least three quarters of what was
-        asked for. Under `sparsity` it keeps the exact number, which was asked for.
+        always, under `params` and `flops` as coarsely as leaves at least four fifths of what was asked
+        for. Under `sparsity` it keeps the exact number, which was asked for.
       min_units: keep at least so many units of each group.
       ignore: names of groups and regular expressions of paths that stay whole.
 
@@ -294,7 +294,7 @@ def _search_rounded(
 ) -> np.ndarray:
     """The search with the coarsest multiples that do not leave much less than the target."""
     finer = 1
-    while finer < FINEST:
+    while finer < largest_multiple():
         one = partial(choose, of_platform(finer=finer))
         if measure(one(1.0)) <= value:
             removed = _search(one, measure, target, value)
