@@ -99,7 +99,8 @@ def stepper(tx, loss, params, x):
     state = tx.init(params)
 
     def step(params, state):
-        seen = jp.optim.sparse_params(state, params) if hasattr(state, "masks") else params
+        is_dense = isinstance(state, jp.optim.ForwardState)  # then the network runs on less
+        seen = jp.optim.sparse_params(state, params) if is_dense else params
         updates, state = tx.update(jax.grad(loss)(seen, x), state, params)
         return optax.apply_updates(params, updates), state
 
