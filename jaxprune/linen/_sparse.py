@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import initializers
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune import sparse
@@ -24,7 +25,7 @@ class _Sparse(nn.Module):
     """What layers of fixed connectivity share: their variables."""
 
     def _kernel(self, shape: tuple[int, ...], init: Any, dtype: Any, transposed: bool) -> Any:
-        connectivity = self.connectivity  # ty: ignore[unresolved-attribute]
+        connectivity = self.connectivity
         draw = lambda: connectivity.draw(self.make_rng("params"), shape)
         connectivity.values_shape(shape)  # its errors come before those of Flax
         index = None
@@ -86,7 +87,7 @@ class SparseDense(_Sparse):
         shape = (jnp.shape(x)[-1], self.features)
         values, index = self._kernel(shape, self.kernel_init, self.param_dtype, False)
         bias = _bias(self)
-        x, values, bias = nn.dtypes.promote_dtype(x, values, bias, dtype=self.dtype)
+        x, values, bias = promote_dtype(x, values, bias, dtype=self.dtype)
         y = sparse.sparse_dot(
             x, values, index, self.connectivity, self.features, precision=self.precision
         )
@@ -156,7 +157,7 @@ class SparseConv(_Sparse):
         shape = (*self.kernel_size, jnp.shape(x)[-1], self.features)
         values, index = self._kernel(shape, self.kernel_init, self.param_dtype, False)
         bias = _bias(self)
-        x, values, bias = nn.dtypes.promote_dtype(x, values, bias, dtype=self.dtype)
+        x, values, bias = promote_dtype(x, values, bias, dtype=self.dtype)
         y = sparse.sparse_conv(
             x,
             values,
@@ -224,14 +225,14 @@ class SparseEmbed(_Sparse):
     def __call__(self, inputs: Int[Array, "*ids"]) -> Float[Array, "*ids features"]:
         """Rows of the table."""
         values, index = self._table
-        (values,) = nn.dtypes.promote_dtype(values, dtype=self.dtype, inexact=False)
+        (values,) = promote_dtype(values, dtype=self.dtype, inexact=False)
         shape = (self.features, self.num_embeddings)
         return sparse.sparse_take(inputs, values, index, self.connectivity, shape)
 
     def attend(self, query: Float[Array, "*rows features"]) -> Float[Array, "*rows tokens"]:
         """Products with every row: logits, where the table is that of the outputs too."""
         values, index = self._table
-        query, values = nn.dtypes.promote_dtype(query, values, dtype=self.dtype)
+        query, values = promote_dtype(query, values, dtype=self.dtype)
         return sparse.sparse_dot(query, values, index, self.connectivity, self.num_embeddings)
 
     def to_dense(self, variables: Any) -> dict[str, Array]:
@@ -250,7 +251,8 @@ class SparseEmbed(_Sparse):
         table = params["embedding"]
         mask = jnp.broadcast_to(mask, table.shape)
         connectivity, variables = _held({"kernel": table.T}, mask.T, 2, options)
-        return cls(*table.shape, connectivity, **options), variables
+        tokens, features = table.shape
+        return cls(tokens, features, connectivity, **options), variables
 
 
 def _bias(layer: Any) -> Array | None:

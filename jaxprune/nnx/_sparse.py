@@ -250,10 +250,10 @@ class SparseConv(_Sparse):
             outputs,
             window,
             connectivity,
-            strides=dense.strides,
+            strides=dense.strides or 1,
             padding=dense.padding,
-            input_dilation=dense.input_dilation,
-            kernel_dilation=dense.kernel_dilation,
+            input_dilation=dense.input_dilation or 1,
+            kernel_dilation=dense.kernel_dilation or 1,
             use_bias=dense.bias is not None,
             dtype=dense.dtype,
             param_dtype=dense.param_dtype,
@@ -297,7 +297,8 @@ class SparseEmbed(_Sparse):
         """Rows of the table."""
         values, index = self._held()
         (values,) = dtypes.promote_dtype((values,), dtype=self.dtype, inexact=False)
-        return sparse.sparse_take(inputs, values, index, self.connectivity, self.shape)
+        features, tokens = self.shape
+        return sparse.sparse_take(inputs, values, index, self.connectivity, (features, tokens))
 
     def attend(self, query: Float[Array, "*rows features"]) -> Float[Array, "*rows tokens"]:
         """Products with every row: logits, where the table is that of the outputs too."""
