@@ -1,9 +1,10 @@
-"""Layers of fixed connectivity beside the dense layer: time of a product, of a training step, and memory.
+"""Layers of fixed connectivity beside the dense layer: time of products and gradients, size of the state.
 
     python benchmarks/layers.py [--width 1024 2048] [--rows 256]
 
 Block-diagonal and butterfly kernels do less work, so they should be faster. Random and N:M kernels are
-made dense before each product: they save memory of parameters, gradients and optimizer, never time.
+made dense before each product: they save memory of parameters, gradients and optimizer, never time, and
+while a product runs its kernel is there in full. Sizes are counted from the shapes, not measured.
 """
 
 import argparse
@@ -55,7 +56,9 @@ def main():
         show(f"{title}: product", in_turns(forward), "dense")
         show(f"{title}: product and gradients", in_turns(step), "dense")
         for name, size in memory.items():
-            print(f"{name}: {size / memory['dense']:.3f} of the memory of dense training with Adam")
+            print(
+                f"{name}: {size / memory['dense']:.3f} of the state of dense training with Adam (counted)"
+            )
 
 
 if __name__ == "__main__":
