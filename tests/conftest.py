@@ -30,6 +30,7 @@ install_import_hook(
         "jaxprune.quantize._scale",
         "jaxprune.scores._weights",
         "jaxprune.share._vectors",
+        "jaxprune.sparse._tiles",
     ],
     "beartype.beartype",
 )

@@ -1,4 +1,4 @@
-"""For `flax.linen`: gated modules."""
+"""For `flax.linen`: gated modules, and layers of fixed connectivity."""
 
 from jaxprune.linen._gates import (
     BlockGate,
@@ -9,6 +9,11 @@ from jaxprune.linen._gates import (
     HeadGate,
     TokenGate,
 )
+from jaxprune.linen._sparse import (
+    SparseConv,
+    SparseDense,
+    SparseEmbed,
+)
 
 __all__ = [
     "BlockGate",
@@ -17,5 +22,8 @@ __all__ = [
     "GatedConv",
     "GatedDense",
     "HeadGate",
+    "SparseConv",
+    "SparseDense",
+    "SparseEmbed",
     "TokenGate",
 ]

@@ -1,4 +1,4 @@
-"""For `flax.nnx`: modules in, modules out; gated modules."""
+"""For `flax.nnx`: modules in, modules out; gated modules, and layers of fixed connectivity."""
 
 from jaxprune.nnx._compact import compact, small_arguments
 from jaxprune.nnx._gates import (
@@ -10,14 +10,24 @@ from jaxprune.nnx._gates import (
     HeadGate,
     TokenGate,
 )
+from jaxprune.nnx._sparse import (
+    ConnectivityIndex,
+    SparseConv,
+    SparseDense,
+    SparseEmbed,
+)
 
 __all__ = [
     "BlockGate",
     "ChannelGate",
+    "ConnectivityIndex",
     "EarlyExit",
     "GatedConv",
     "GatedDense",
     "HeadGate",
+    "SparseConv",
+    "SparseDense",
+    "SparseEmbed",
     "TokenGate",
     "compact",
     "small_arguments",

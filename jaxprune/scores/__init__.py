@@ -14,20 +14,27 @@ examples, and `jp.masks.iterative` prunes by them in rounds.
 
 from jaxprune.scores._accumulate import accumulate, fisher_diagonal
 from jaxprune.scores._activations import gram_diagonal, per_entry, wanda
+from jaxprune.scores._blocks import fisher_blocks, obs
 from jaxprune.scores._connection import grasp, snip
+from jaxprune.scores._filters import fpgm
 from jaxprune.scores._gradients import fisher, movement, taylor
+from jaxprune.scores._hessian import hessian_diagonal
 from jaxprune.scores._synflow import synflow
 from jaxprune.scores._weights import lamp, magnitude, random
 
 __all__ = [
     "accumulate",
     "fisher",
+    "fisher_blocks",
     "fisher_diagonal",
+    "fpgm",
     "gram_diagonal",
     "grasp",
+    "hessian_diagonal",
     "lamp",
     "magnitude",
     "movement",
+    "obs",
     "random",
     "snip",
     "synflow",

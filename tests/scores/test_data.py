@@ -37,7 +37,13 @@ SCORES = {
     "snip": lambda p, **kw: jp.scores.snip(loss, p, X, Y, **kw),
     "grasp": lambda p, **kw: jp.scores.grasp(loss, p, X, Y, **kw),
     "synflow": lambda p, **kw: jp.scores.synflow(fn, p, X[:1], **kw),
+    "obs": lambda p, **kw: of_blocks(loss, p, **kw),
 }
+
+
+def of_blocks(loss, p, **kw):
+    blocks = jp.scores.fisher_blocks(loss, p, [(X, Y)], block_size=2, **kw)
+    return jp.scores.obs(p, blocks, **kw)
 
 
 def flat(tree):
@@ -96,6 +102,7 @@ def test_containers(name, container):
         "snip": lambda t: jp.scores.snip(lambda t, x, y: loss(read(t), x, y), t, X, Y),
         "grasp": lambda t: jp.scores.grasp(lambda t, x, y: loss(read(t), x, y), t, X, Y),
         "synflow": lambda t: jp.scores.synflow(lambda t, x: fn(read(t), x), t, X[:1]),
+        "obs": lambda t: of_blocks(lambda t, x, y: loss(read(t), x, y), t),
     }[name]
     found = score(tree)
     check(found, tree)
