@@ -113,7 +113,7 @@ def obs(
     """
     _checks.positive("damping", damping)
     chosen = chosen_of(params, where, uses)
-    _checks.same_structure("blocks", blocks, "params", params)
+    blocks = _checks.aligned("blocks", blocks, "params", params)
     all_blocks = chosen.treedef.flatten_up_to(blocks)
     scores = []
     for i, path, w, use in zip(
