@@ -1,4 +1,4 @@
-"""Train layers that are sparse from the start, in linen and in nnx, beside a dense and a narrow network.
+"""Train layers that are sparse from the start, in linen and in nnx, beside a dense network.
 
     pip install "jaxprune[demo]"
     python examples/sparse_layers.py
