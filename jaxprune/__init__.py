@@ -11,7 +11,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxprune import (
-    budgets,
     calibration,
     masks,
     quantize,
@@ -53,7 +52,7 @@ from jaxprune.sparse import SparseArray, sparsify_tree
 from jaxprune.structure import compact
 
 if TYPE_CHECKING:
-    from jaxprune import distill, export, gates, linen, nnx, optim, qat
+    from jaxprune import budgets, distill, export, gates, linen, nnx, optim, qat
     from jaxprune.optim import masked_update
 
 __version__ = "0.1.0"
@@ -106,7 +105,16 @@ __all__ = [
     "uses",
 ]
 
-_WHEN_USED = ("distill", "export", "gates", "linen", "nnx", "optim", "qat")  # imports stay quick
+_WHEN_USED = (
+    "budgets",
+    "distill",
+    "export",
+    "gates",
+    "linen",
+    "nnx",
+    "optim",
+    "qat",
+)  # imports stay quick
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ print(*sorted(set(sys.modules) - before))
 """
 # what nobody waits for; what is slow is imported by the function that needs it
 QUICK = {"jaxprune", "jaxtyping", "rich", "numpy", "mmap", "statistics", "_statistics"}
-WHEN_USED = ("distill", "export", "gates", "linen", "nnx", "optim", "qat")
+WHEN_USED = ("budgets", "distill", "export", "gates", "linen", "nnx", "optim", "qat")
 
 
 def test_import_loads_little():

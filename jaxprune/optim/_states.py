@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune._types import Masks, Params, is_compressed
+from jaxprune.program import Kind, primitive
 
 
 def reset_entries(
@@ -51,11 +52,7 @@ def reset_entries(
 
 
 # what a fusion computes as it reads, without a pass of its own
-_ELEMENTWISE = {
-    "add", "and", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "empty", "eq",
-    "full_like", "jit", "mul", "ne", "neg", "not", "or", "pjit", "select_n", "sign", "squeeze",
-    "stop_gradient", "sub",
-}  # fmt: skip
+_FUSED = (Kind.IDENTITY, Kind.CAST, Kind.ELEMENTWISE, Kind.VIEW, Kind.OPENED)
 
 
 def is_elementwise(init: Callable[[Params], optax.OptState], params: Params) -> bool:
@@ -63,7 +60,7 @@ def is_elementwise(init: Callable[[Params], optax.OptState], params: Params) -> 
 
     def plain(jaxpr: Any) -> bool:
         inner = (getattr(eqn.params.get("jaxpr"), "jaxpr", None) for eqn in jaxpr.eqns)
-        known = all(eqn.primitive.name in _ELEMENTWISE for eqn in jaxpr.eqns)
+        known = all(primitive(eqn.primitive.name).kind in _FUSED for eqn in jaxpr.eqns)
         return known and all(plain(x) for x in inner if x is not None)
 
     return plain(jax.make_jaxpr(init)(params).jaxpr)
