@@ -145,7 +145,7 @@ class _Body:
             counts.append(int(np.prod([values.removed(number, axis).sum() for axis in chosen])))
             self.operations.append(replace(operation, ins=(operand,), outs=(parts[-1],)))
         add = lambda _, xs: sum(
-            x * jnp.asarray(n, x.dtype) for x, n in zip(xs, counts, strict=True)
+            x * jnp.asarray(np.asarray(n).astype(x.dtype)) for x, n in zip(xs, counts, strict=True)
         )
         self._derive("add", add, operation, tuple(parts), result)
 

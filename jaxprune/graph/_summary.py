@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from jaxprune.graph._axes import AxisInfo
@@ -82,6 +83,12 @@ class Summary:
 
     def __rich__(self) -> Table:
         return self.table
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as text:
+            console.print(self.table)
+        return text.get()
 
 
 def share_of_parameters(own: Sequence[AxisInfo], solution: Solution) -> float:

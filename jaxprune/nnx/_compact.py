@@ -52,7 +52,8 @@ def compact(
       The smaller module. `model` is left as it is.
 
     Raises:
-      ValueError: masks whose paths the model lacks, and what `jp.compact` raises.
+      ValueError: masks whose paths the model lacks, variables that the module shares with an argument,
+        and what `jp.compact` raises.
 
     Example:
       >>> from flax import nnx
@@ -71,6 +72,7 @@ def compact(
     """
     graphdef, state = nnx.split(model)
     taken = _take_apart(args, kwargs)
+    _check_apart(model, taken.modules)
     known = {_position(type(model), key, kwargs): select for key, select in (states or {}).items()}
     compact_fn, small_state = compact_function(
         _call_of(graphdef, type(model), taken),
@@ -176,12 +178,27 @@ def _take_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Taken:
     def take(x: Any) -> Any:
         if not _is_module(x):
             return x
-        modules.append(x)
-        return _Place(len(modules) - 1)
+        known = [i for i, module in enumerate(modules) if module is x]  # given twice, it is one
+        if not known:
+            modules.append(x)
+        return _Place(known[0] if known else len(modules) - 1)
 
     rest_args, rest_kwargs = jax.tree.map(take, (args, kwargs), is_leaf=_is_module)
     states = {str(i): nnx.state(module) for i, module in enumerate(modules)}
     return _Taken(rest_args, {**rest_kwargs, **({_MODULES: states} if modules else {})}, modules)
+
+
+def _check_apart(model: Any, modules: list[Any]) -> None:
+    """Refuses variables that the module and its arguments, or two arguments, have in common."""
+    owners: dict[int, str] = {}
+    named = [("the module itself", model), *((f"argument {i}", m) for i, m in enumerate(modules))]
+    for owner, module in named:
+        for path, node in nnx.iter_graph(module):
+            if isinstance(node, nnx.Variable) and owners.setdefault(id(node), owner) != owner:
+                raise ValueError(
+                    f"args: variable {'/'.join(map(str, path))!r} of {owner} among the modules is one of "
+                    f"{owners[id(node)]} too, and would be updated twice; hand it over once"
+                )
 
 
 def _put(modules: list[Any], args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -244,6 +261,7 @@ def _small_class(cls: Any, compact_fn: CompactFunction, states: Mapping[int | st
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         graphdef, state = nnx.split(self)
         taken = _take_apart(args, kwargs)
+        _check_apart(self, taken.modules)
         definitions = tuple(nnx.split(module)[0] for module in taken.modules)
         anew = lambda: compact_fn.of(
             _call_of(graphdef, cls, taken), updates=_new_state, states=_all_states(states, taken)

@@ -62,7 +62,8 @@ def compact(
       TypeError: inputs that `fn` needs are missing; a static argument that is not hashable.
 
     Warns:
-      UserWarning: slices that are masked as a unit and stay, with the reason.
+      UserWarning: slices that are masked as a unit and stay, with the reason; a state that is not zero
+        where it is cut, though it counts as such.
 
     Example:
       >>> params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
@@ -93,12 +94,15 @@ def compact(
         for shape, leaf in zip(graph.shapes, leaves, strict=True)
     )
     own = _state_sizes(graph, found)
+    zero = _zero_states(graph, own)
     compact_fn = CompactFunction(
-        fn, full, found.kept, removal.fully_masked, updates, graph.states, own
+        fn, full, found.kept, removal.fully_masked, updates, graph.states, own, zero
     )
     arrays = list(given.arrays)
     for state in graph.state_leaves:
-        arrays[state.input] = small_state_leaf(state.name, arrays[state.input], *own[state.name])
+        arrays[state.input] = small_state_leaf(
+            state.name, arrays[state.input], *own[state.name], zero
+        )
     given_small = given._replace(arrays=list(arrays))
     small_args, small_kwargs = given.rebuild(arrays)
     compact_fn.remember(small_args, small_kwargs, graph, found)
@@ -129,6 +133,16 @@ def _state_sizes(graph: Graph, found: Reduced) -> dict[str, tuple[tuple[int, ...
         )
         for state in graph.state_leaves
     }
+
+
+def _zero_states(graph: Graph, sizes: dict[str, tuple[tuple[int, ...], Kept]]) -> frozenset[str]:
+    """Names of the states that count as zero where they are cut."""
+    numbers, found = graph.program.inputs[len(graph.paths) :], set()
+    for state in graph.state_leaves:
+        axes = zip(*sizes[state.name], graph.axes[numbers[state.input]].zero, strict=True)
+        if any(len(left) < n and flags.any() for n, left, flags in axes):
+            found.add(state.name)
+    return frozenset(found)
 
 
 def _jitted(fn: Callable[..., Any], inputs: Inputs) -> Callable[[Params], Any]:

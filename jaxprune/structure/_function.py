@@ -48,10 +48,12 @@ class CompactFunction:
         updates: Callable[[Any], Any] | None,
         states: States | None = None,
         state_sizes: dict[str, tuple[tuple[int, ...], Kept]] | None = None,
+        zero_states: frozenset[str] | None = None,
     ) -> None:
         """Made by `jp.compact`; without `fn`, by `from_sizes`."""
         self._fn, self._full, self._updates = fn, full, updates
         self._states, self._state_sizes = states or {}, state_sizes or {}
+        self._zero_states = frozenset(self._state_sizes) if zero_states is None else zero_states
         self._kept, self._fully_masked = kept, fully_masked
         self.differences: dict[str, float] | None = None
         self.__name__ = getattr(fn, "__name__", type(fn).__name__)
@@ -72,8 +74,9 @@ class CompactFunction:
           updates: the part of its output that is an updated copy of parameters, see `jp.trace`.
           states: its arguments that are states, under the names that they had in `jp.compact`.
         """
+        own = self._state_sizes, self._zero_states
         return CompactFunction(
-            fn, self._full, self._kept, self._fully_masked, updates, states, self._state_sizes
+            fn, self._full, self._kept, self._fully_masked, updates, states, *own
         )
 
     def small_state(self, key: int | str, state: PyTree) -> PyTree:
@@ -85,6 +88,10 @@ class CompactFunction:
 
         Raises:
           ValueError: a state that the function does not have, or of another size.
+
+        Warns:
+          UserWarning: what is cut is not zero, though the function counts on it: sums over it differ from
+            those of the masked function that starts with this state.
 
         Example:
           >>> fn = lambda p, x, cache: ((y := cache + x @ p["a"]) @ p["b"], y)
@@ -109,7 +116,7 @@ class CompactFunction:
                 raise ValueError(
                     f"state: {name!r} is no state of this function; it has {[*self._state_sizes]}"
                 )
-            found.append(small_state_leaf(name, leaf, *self._state_sizes[name]))
+            found.append(small_state_leaf(name, leaf, *self._state_sizes[name], self._zero_states))
         return treedef.unflatten(found)
 
     def sizes(self) -> dict[str, Any]:
@@ -241,7 +248,9 @@ class CompactFunction:
         )
 
 
-def small_state_leaf(name: str, leaf: Any, full: tuple[int, ...], kept: Kept) -> Any:
+def small_state_leaf(
+    name: str, leaf: Any, full: tuple[int, ...], kept: Kept, zero: frozenset[str]
+) -> Any:
     """A leaf of a state without what is removed; axes of which nothing is may have any size."""
     cuts = [axis for axis, (n, index) in enumerate(zip(full, kept, strict=True)) if len(index) < n]
     shape = list(np.shape(leaf))
@@ -251,6 +260,14 @@ def small_state_leaf(name: str, leaf: Any, full: tuple[int, ...], kept: Kept) ->
         shape[axis] = len(kept[axis])
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+    if name in zero and not _checks.is_traced(leaf):
+        gone = [np.delete(np.arange(full[axis]), kept[axis]) for axis in cuts]
+        if any(np.any(jnp.take(leaf, g, axis=a)) for a, g in zip(cuts, gone, strict=True)):
+            warnings.warn(
+                f"state {name!r}: what is cut of it is not zero, as it is taken to be; where sums run "
+                "over it, results differ from those of the masked function",
+                stacklevel=4,
+            )
     for axis in cuts:
         leaf = jnp.take(leaf, kept[axis], axis=axis)
     return leaf

@@ -186,6 +186,11 @@ def _scores_of(
         return [_on_host(of_units.get(g.name, np.full(g.size, np.inf))) for g in groups]
     scores = _checks.aligned("scores", scores, "the traced params", like_params(graph))
     leaves = [_on_host(x) for x in graph.treedef.flatten_up_to(scores)]
+    for path, x in zip(graph.paths, leaves, strict=True):
+        if np.isnan(x).any():
+            raise ValueError(
+                f"scores: leaf {path!r} holds NaN, which ranks nothing; find where it comes from"
+            )
     kernels = kernels_of(graph) if reduce == "kernels" else ()
     return [score_units(leaves, places_of(graph, g), g.size, reduce, kernels) for g in groups]
 

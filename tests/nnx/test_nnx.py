@@ -180,3 +180,25 @@ def test_states_that_are_no_modules():
     assert y.shape == (2, 3)
     with pytest.raises(TypeError, match="Net does not come from jp.nnx.compact"):
         jp.nnx.small_arguments(model, x, total)
+
+
+class Twice(Cached):
+    def __call__(self, x, first, second):
+        first.values[...] += nnx.relu(self.up(x))[:, None]
+        return self.down(second.values[...].sum(1))
+
+
+def test_a_module_given_twice_is_one():
+    model, x = Twice(Settings([8]), nnx.Rngs(0)), jnp.ones((2, 4))
+    keep = jnp.arange(8) % 2 == 0
+    masks = {"up": {"kernel": keep[None], "bias": keep}, "down": {"kernel": keep[:, None]}}
+    masked, cache = nnx.clone(model), Cache(2, 8)
+    masked.up.kernel[...] *= keep
+    masked.up.bias[...] *= keep
+    small = jp.nnx.compact(model, masks, x, cache, cache)
+    (_, own, again), _ = jp.nnx.small_arguments(small, x, cache, cache)
+    assert own is again
+    np.testing.assert_allclose(small(x, own, again), masked(x, cache, cache), atol=1e-5)
+    model.cache = cache
+    with pytest.raises(ValueError, match="of argument 0 .* is one of the module itself too"):
+        jp.nnx.compact(model, masks, x, cache, Cache(2, 8))

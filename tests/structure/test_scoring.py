@@ -191,3 +191,11 @@ class TestLatency:
             jp.structure.unit_masks(graph, scores, latency=0.5, ignore=[graph.groups[0].name])
         with pytest.raises((ValueError, TypeError), match="round_to"):
             jp.structure.unit_masks(graph, scores, flops=0.5, round_to="fast")
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    params = tree()
+    scores = jp.scores.magnitude(params) | {"b": jnp.full((6, 2), jnp.nan)}
+    graph = jp.trace(two_layers, params, jnp.ones((1, 20)))
+    with pytest.raises(ValueError, match="'b' holds NaN"):
+        jp.structure.unit_masks(graph, scores, sparsity=0.5)

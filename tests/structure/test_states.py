@@ -204,3 +204,34 @@ def test_bad_states():
         small_fn(small, normal(2, 5), jnp.zeros((2, 12)))
     with pytest.raises(ValueError, match=r"'h' has shape \(2, 11\), expected \(2, 12\)"):
         small_fn.small_state("h", jnp.zeros((2, 11)))
+
+
+def test_a_state_that_does_not_start_at_zero_is_told():
+    def averaged(p, x, seen):
+        y = x @ p["a"]
+        seen = 0.9 * seen + 0.1 * y * y
+        return (y / jnp.sqrt(1 + seen.mean(-1, keepdims=True))) @ p["b"], seen
+
+    params, x, ones = {"a": normal(4, 8), "b": normal(8, 2)}, normal(2, 4), jnp.ones((2, 8))
+    keep = jnp.arange(8) < 5
+    masks, how = {"a": keep[None], "b": keep[:, None]}, {"states": {"seen": lambda out: out[1]}}
+    with pytest.warns(UserWarning, match="state 'seen': what is cut of it is not zero"):
+        small_fn, _ = jp.compact(averaged, params, masks, x, ones, **how)
+    with pytest.warns(UserWarning, match="state 'seen': what is cut of it is not zero"):
+        small_fn.small_state("seen", ones)
+    assert small_fn.small_state("seen", 0 * ones).shape == (2, 5)
+
+
+def test_counts_in_narrow_integers_wrap_as_the_masked_function_does():
+    def fn(p, x):
+        h = x @ p["a"]
+        n = jnp.sum((jnp.cos(h) > 0).astype(jnp.int8), -1, keepdims=True, dtype=jnp.int8)
+        return (h * n) @ p["b"]
+
+    params, x = {"a": normal(4, 600), "b": normal(600, 3)}, normal(2, 4)
+    keep = jnp.arange(600) % 5 > 1
+    masks = {"a": keep[None], "b": keep[:, None]}
+    small_fn, small = jp.compact(fn, params, masks, x)
+    np.testing.assert_allclose(
+        small_fn(small, x), fn(jp.apply_masks(params, masks), x), rtol=1e-4, atol=1e-3
+    )
