@@ -9,13 +9,11 @@ in turns.
 """
 
 import argparse
-import random
-import time
 
 import jax
 import jax.numpy as jnp
 import optax
-from _timing import show
+from _timing import in_turns, show, stepper
 from train_step import BATCH, LAYERS, WIDTH
 
 import jaxprune as jp
@@ -94,38 +92,6 @@ def transforms(moving):
     }
 
 
-def stepper(tx, loss, params, x):
-    """A call that makes one step, its state donated as in a real loop."""
-    state = tx.init(params)
-
-    def step(params, state):
-        is_dense = isinstance(state, jp.optim.ForwardState)  # then the network runs on less
-        seen = jp.optim.sparse_params(state, params) if is_dense else params
-        updates, state = tx.update(jax.grad(loss)(seen, x), state, params)
-        return optax.apply_updates(params, updates), state
-
-    run = jax.jit(step, donate_argnums=(0, 1))
-    held = [jax.tree.map(jnp.copy, params), state]
-
-    def call():
-        held[:] = run(*held)
-        return held[0]
-
-    return call
-
-
-def least(calls, rounds):
-    """Seconds of each call: the least of the rounds, each in a new order."""
-    seconds, order, rng = dict.fromkeys(calls, float("inf")), list(calls), random.Random(0)
-    for _ in range(rounds):
-        rng.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            jax.block_until_ready(calls[name]())
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return seconds
-
-
 NETWORKS = {"transformer": transformer, "resnet": resnet, "mlp": mlp}
 
 
@@ -140,7 +106,11 @@ def main():
         for call in calls.values():
             call()
             jax.block_until_ready(call())
-        show(f"training step, {name}, sparsity 0.9", least(calls, how.rounds), "dense")
+        show(
+            f"training step, {name}, sparsity 0.9",
+            in_turns(calls, rounds=how.rounds, of=min),
+            "dense",
+        )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ written out here, since the package is neither on PyPI nor runs on a current JAX
 import jax
 import jax.numpy as jnp
 import optax
-from _timing import in_turns, show
+from _timing import in_turns, show, stepper
 
 import jaxprune as jp
 
@@ -20,24 +20,6 @@ def loss(params, x):
     for w in params.values():
         x = jax.nn.relu(x @ w)
     return jnp.mean(jnp.square(x))
-
-
-def stepper(tx, params, x):
-    """A call that makes one step, its state donated as in a real loop."""
-    state = tx.init(params)
-
-    def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
-        return optax.apply_updates(params, updates), state
-
-    run = jax.jit(step, donate_argnums=(0, 1))
-    held = [jax.tree.map(jnp.copy, params), state]
-
-    def call():
-        held[:] = run(*held)
-        return held[0]
-
-    return call
 
 
 def by_products(inner, masks):
@@ -63,13 +45,15 @@ def main():
     adam = optax.adam(1e-3)
     as_numbers = jax.tree.map(lambda m: m.astype(jnp.uint8), masks)
     steps = {
-        "dense": stepper(adam, params, x),
-        "masked_update": stepper(jp.masked_update(adam, masks), pruned, x),
-        "masked_update, packed": stepper(jp.masked_update(adam, masks, packed=True), pruned, x),
-        "gradual, between changes": stepper(
-            jp.optim.gradual(adam, jp.schedules.one_shot(0.8, at=1)), pruned, x
+        "dense": stepper(adam, loss, params, x),
+        "masked_update": stepper(jp.masked_update(adam, masks), loss, pruned, x),
+        "masked_update, packed": stepper(
+            jp.masked_update(adam, masks, packed=True), loss, pruned, x
         ),
-        "products (jaxpruner)": stepper(by_products(adam, as_numbers), pruned, x),
+        "gradual, between changes": stepper(
+            jp.optim.gradual(adam, jp.schedules.one_shot(0.8, at=1)), loss, pruned, x
+        ),
+        "products (jaxpruner)": stepper(by_products(adam, as_numbers), loss, pruned, x),
     }
     for step in steps.values():
         step()

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxprune import _trees
-from jaxprune.program import Inputs, Program, inputs_of
+from jaxprune.program import Inputs, Program, inputs_of, is_traced_input
 
 States = Mapping[int | str, Callable[[Any], Any] | None]
 """By argument (its name, or its position after the parameters) which part of the output updates it;
@@ -33,6 +33,11 @@ class StateLeaf(NamedTuple):
     name: str
     input: int
     output: int | None
+
+
+def state_name(key: int | str, path: str) -> str:
+    """The name of an array of a state."""
+    return f"{key}/{path}" if path else str(key)
 
 
 def state_inputs(
@@ -57,15 +62,10 @@ def state_inputs(
                 f"{', '.join(given.names[:6])}"
             )
         argument = kwargs[prefix] if prefix in kwargs else args[int(prefix[5:-1])]
-        arrays = [
-            (p, x) for p, x in zip(*_trees.flatten(argument)[:2], strict=True) if _is_array(x)
-        ]
-        found |= {i: (key, path) for i, (path, _) in zip(mine, arrays, strict=True)}
+        leaves = zip(*_trees.flatten(argument)[:2], strict=True)
+        paths = [path for path, x in leaves if is_traced_input(x)]
+        found |= {i: (key, path) for i, path in zip(mine, paths, strict=True)}
     return found
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, float) or hasattr(x, "dtype")
 
 
 def _prefix(fn: Callable[..., Any], key: int | str, args: tuple[Any, ...], kwargs: Any) -> str:
@@ -112,7 +112,7 @@ def state_leaves(
                     f"states: {key!r}: its leaf {path!r} has no update of {rank} axes among the outputs "
                     f"that were named; they hold {[*updates[key]][:6]}"
                 )
-        found.append(StateLeaf(f"{key}/{path}" if path else str(key), position, output))
+        found.append(StateLeaf(state_name(key, path), position, output))
     return tuple(found)
 
 

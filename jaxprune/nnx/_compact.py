@@ -75,7 +75,7 @@ def compact(
     _check_apart(model, taken.modules)
     known = {_position(type(model), key, kwargs): select for key, select in (states or {}).items()}
     compact_fn, small_state = compact_function(
-        _call_of(graphdef, type(model), taken),
+        _call_of(graphdef, type(model), taken.definitions),
         state,
         _for_state(masks, state),
         *taken.args,
@@ -145,9 +145,8 @@ def small_arguments(
     return _put(modules, tuple(found_args), found_kwargs)
 
 
-_MODULES = (
-    "modules"  # states of the modules among the arguments, as a keyword of the traced function
-)
+# the keyword of the traced function that holds their states; no call has one of this name
+_MODULES = "modules among the arguments"
 
 
 class _Place(str):
@@ -161,11 +160,13 @@ class _Taken(NamedTuple):
       args: with places for modules.
       kwargs: likewise; states of the modules besides, by number.
       modules: in flatten order.
+      definitions: the static part of each.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     modules: list[Any]
+    definitions: tuple[Any, ...]
 
 
 def _is_module(x: Any) -> bool:
@@ -184,12 +185,16 @@ def _take_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Taken:
         return _Place(known[0] if known else len(modules) - 1)
 
     rest_args, rest_kwargs = jax.tree.map(take, (args, kwargs), is_leaf=_is_module)
-    states = {str(i): nnx.state(module) for i, module in enumerate(modules)}
-    return _Taken(rest_args, {**rest_kwargs, **({_MODULES: states} if modules else {})}, modules)
+    parts = [nnx.split(module) for module in modules]
+    if modules:
+        rest_kwargs[_MODULES] = {str(i): state for i, (_, state) in enumerate(parts)}
+    return _Taken(rest_args, rest_kwargs, modules, tuple(definition for definition, _ in parts))
 
 
 def _check_apart(model: Any, modules: list[Any]) -> None:
     """Refuses variables that the module and its arguments, or two arguments, have in common."""
+    if not modules:
+        return
     owners: dict[int, str] = {}
     named = [("the module itself", model), *((f"argument {i}", m) for i, m in enumerate(modules))]
     for owner, module in named:
@@ -228,11 +233,10 @@ def _new_state(out: Any) -> Any:
     return out[1]
 
 
-def _call_of(graphdef: Any, cls: type, taken: _Taken) -> Any:
+def _call_of(graphdef: Any, cls: type, definitions: tuple[Any, ...]) -> Any:
     """The call of a module as a function of its state: `(state, *args) -> (result, new state, states of
     modules among the arguments)`.
     """
-    definitions = [nnx.split(module)[0] for module in taken.modules]
 
     def call(state: Any, *args: Any, **kwargs: Any) -> Any:
         module, given = nnx.merge(graphdef, state), kwargs.pop(_MODULES, {})
@@ -262,12 +266,12 @@ def _small_class(cls: Any, compact_fn: CompactFunction, states: Mapping[int | st
         graphdef, state = nnx.split(self)
         taken = _take_apart(args, kwargs)
         _check_apart(self, taken.modules)
-        definitions = tuple(nnx.split(module)[0] for module in taken.modules)
         anew = lambda: compact_fn.of(
-            _call_of(graphdef, cls, taken), updates=_new_state, states=_all_states(states, taken)
+            _call_of(graphdef, cls, taken.definitions),
+            updates=_new_state,
+            states=_all_states(states, taken),
         )
-        key = _key((graphdef, definitions))
-        run = functions.get(key, anew)
+        run = functions.get(_key((graphdef, taken.definitions)), anew)
         result, new, others = run(state, *taken.args, **taken.kwargs)
         nnx.update(self, nnx.filter_state(new, nnx.Not(nnx.Param)))
         for i, module in enumerate(taken.modules):

@@ -58,6 +58,12 @@ class _Sparse(nnx.Module):
         self.values = nnx.Param(values)
         self.index = None if index is None else ConnectivityIndex(index)
 
+    def _taking(self, values: Array, index: Array | None, bias: Any) -> Any:
+        """This layer with the weights of another, and the bias of a dense one."""
+        self._set(values, index)
+        self.bias = None if bias is None else nnx.Param(bias[...])
+        return self
+
     def _held(self) -> tuple[Array, Array | None]:
         return self.values[...], None if self.index is None else self.index[...]
 
@@ -147,9 +153,7 @@ class SparseDense(_Sparse):
             kernel_init=initializers.zeros_init(),
             rngs=nnx.Rngs(0),
         )
-        layer._set(values, index)
-        layer.bias = None if dense.bias is None else nnx.Param(dense.bias[...])
-        return layer
+        return layer._taking(values, index, dense.bias)
 
 
 class SparseConv(_Sparse):
@@ -261,9 +265,7 @@ class SparseConv(_Sparse):
             kernel_init=initializers.zeros_init(),
             rngs=nnx.Rngs(0),
         )
-        layer._set(values, index)
-        layer.bias = None if dense.bias is None else nnx.Param(dense.bias[...])
-        return layer
+        return layer._taking(values, index, dense.bias)
 
 
 class SparseEmbed(_Sparse):

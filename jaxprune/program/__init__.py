@@ -2,7 +2,7 @@
 
 from jaxprune.program._affine import Norm, Pair, biases_of, norms_of
 from jaxprune.program._flow import Flow
-from jaxprune.program._inputs import Inputs, TraceCache, inputs_of
+from jaxprune.program._inputs import Inputs, TraceCache, inputs_of, is_traced_input
 from jaxprune.program._layout import Layout, layout_of, restored, standard
 from jaxprune.program._nested import nesting_of, split_scan
 from jaxprune.program._primitives import (

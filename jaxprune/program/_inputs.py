@@ -46,11 +46,16 @@ class Inputs(NamedTuple):
         return self.shape, tuple((type(x), x) for _, x in self.static), _context()
 
 
+def is_traced_input(x: Any) -> bool:
+    """Whether an argument is traced: arrays, their shapes, and floats. All else keeps its value."""
+    return isinstance(x, float) or hasattr(x, "dtype")
+
+
 def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
     """Takes arguments apart. Bools, ints, strings and objects keep their value, as in `train=False`."""
     items, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
     leaves = [x for _, x in items]
-    traced = [i for i, x in enumerate(leaves) if isinstance(x, float) or hasattr(x, "dtype")]
+    traced = [i for i, x in enumerate(leaves) if is_traced_input(x)]
     fixed = [i for i in range(len(leaves)) if i not in set(traced)]
     arrays = [leaves[i] for i in traced]
 

@@ -20,6 +20,7 @@ from jaxprune.graph import (
     reduced,
     removal_of,
     state_inputs,
+    state_name,
     trace,
 )
 from jaxprune.graph import evaluate as run
@@ -108,7 +109,7 @@ class CompactFunction:
         paths, leaves, treedef = _trees.flatten(state)
         found = []
         for path, leaf in zip(paths, leaves, strict=True):
-            name = f"{key}/{path}" if path else str(key)
+            name = state_name(key, path)
             if name not in self._state_sizes:
                 if not hasattr(leaf, "dtype"):
                     found.append(leaf)
@@ -181,7 +182,7 @@ class CompactFunction:
         def make() -> tuple[Graph, Reduced]:
             given = inputs_of(args, kwargs)
             own = state_inputs(fn, given, self._states, args, kwargs)
-            names = {i: f"{key}/{path}" if path else str(key) for i, (key, path) in own.items()}
+            names = {i: state_name(*place) for i, place in own.items()}
             whole, named = given.rebuild(full_sizes(given, names, self._state_sizes))
             how = {"updates": self._updates, "states": self._states}
             graph = trace(fn, self._full, *whole, **how, **named)
