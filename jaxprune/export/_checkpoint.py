@@ -6,13 +6,6 @@ checksum of its own. It is written under a temporary name and renamed, so a fold
 always whole.
 """
 
-import json
-import os
-import re
-import shutil
-import tempfile
-import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +15,12 @@ import numpy as np
 
 from jaxprune import _checks, _trees
 from jaxprune._types import PyTree
+from jaxprune.export import _folder
 from jaxprune.export._entropy import coded, decoded
 from jaxprune.export._structure import decode, encode
 
-_MANIFEST, _CODED = "manifest.json", "arrays.bin"
-_FORMAT, _VERSION = "jaxprune", 2
-_SEAL = re.compile(r',"checksum":"([0-9a-f]{8})"}\Z')
-_CHUNK = 1 << 22
-_ATTEMPTS = 100
+_CODED = "arrays.bin"
+_VERSION = 2
 
 
 def save(path: str | Path, tree: PyTree, *, overwrite: bool = False, entropy: bool = False) -> Path:
@@ -60,14 +51,10 @@ def save(path: str | Path, tree: PyTree, *, overwrite: bool = False, entropy: bo
       >>> jp.export.load(folder)["w"].shape
       (8, 8)
     """
-    path = Path(path).absolute()
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"path: {path} exists; choose another, or pass overwrite=True")
+    path = _folder.destination(path, overwrite=overwrite)
     structure, arrays = encode(tree, symbols=entropy)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     coding: dict[str, Any] = {}
-    try:
+    with _folder.written(path) as work:
         stored = stored_arrays(arrays)
         if entropy:
             coding = _write_coded(work / _CODED, stored)
@@ -76,22 +63,16 @@ def save(path: str | Path, tree: PyTree, *, overwrite: bool = False, entropy: bo
 
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(work / "arrays", stored)
-        manifest = {
-            "format": _FORMAT,
+        content = {
+            "format": _folder.CHECKPOINT,
             "version": _VERSION,
             "tree": structure,
             "arrays": [
                 {"dtype": str(a.dtype), "shape": list(np.shape(a)), **coding.get(str(i), {})}
                 for i, a in enumerate(arrays)
             ],
-            "files": {str(f.relative_to(work)): _fingerprint(f) for f in _files(work)},
         }
-        (work / _MANIFEST).write_text(_sealed(json.dumps(manifest, separators=(",", ":"))))
-        os.chmod(work, 0o755)
-        _replace(work, path)
-    except BaseException:
-        _discard(work)
-        raise
+        _folder.seal(work, content)
     return path
 
 
@@ -126,15 +107,6 @@ def _stored_form(dtype: str, shape: tuple[int, ...]) -> tuple[np.dtype, tuple[in
     return (np.dtype(np.uint8) if _by_bytes(wanted) else wanted), shape or (1,)
 
 
-def _discard(folder: Path) -> None:
-    """Removes a folder into which threads of a failed save may still be writing."""
-    for _ in range(_ATTEMPTS):
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.05)
-        if not folder.exists():
-            return
-
-
 def stored_arrays(arrays: list[Any]) -> dict[str, Any]:
     """Arrays as files hold them, by number; empty ones have no place there: their shape says all."""
     return {str(i): _stored(array) for i, array in enumerate(arrays) if np.size(array)}
@@ -165,22 +137,6 @@ def _restored(array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> jax.Arra
     wanted = jnp.dtype(dtype)
     found = (array.view(wanted) if _by_bytes(wanted) else array).reshape(shape)
     return found if jax.dtypes.canonicalize_dtype(wanted) != wanted else jnp.asarray(found)
-
-
-def _replace(work: Path, path: Path) -> None:
-    """Renames `work` to `path`; what was there goes only after the new folder is in place."""
-    if not path.exists():
-        work.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    path.rename(old / path.name)
-    try:
-        work.rename(path)
-    except OSError:
-        (old / path.name).rename(path)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def load(path: str | Path, *, like: PyTree | None = None, sharding: Any = None) -> PyTree:
@@ -214,20 +170,16 @@ def load(path: str | Path, *, like: PyTree | None = None, sharding: Any = None) 
     if like is not None and sharding is not None:
         raise ValueError("like, sharding: expected at most one")
     try:
-        manifest = _manifest(path)
-        _check_files(path, manifest["files"])
+        manifest = _folder.manifest(path, _folder.CHECKPOINT, _VERSION)
+        _folder.check_files(path, manifest["files"])
         tree = decode(manifest["tree"], _read(path, manifest["arrays"]))
-    except _Refused:
+    except _folder.Refused:
         raise
     except Exception as error:
         raise ValueError(f"path: {path} is damaged: {error}; copy or save it again") from error
     if like is not None:
         return _placed_like(tree, like)
     return tree if sharding is None else _put(tree, sharding)
-
-
-class _Refused(ValueError):
-    """An error of `load` that says all there is to say."""
 
 
 def _put(tree: PyTree, sharding: Any) -> PyTree:
@@ -259,20 +211,6 @@ def _placed_like(tree: PyTree, like: PyTree) -> PyTree:
     return structure.unflatten(placed)
 
 
-def _check_files(folder: Path, files: dict[str, Any]) -> None:
-    for name, (size, checksum) in files.items():
-        file = folder / name
-        if not file.is_file():
-            raise _Refused(
-                f"path: {folder} is incomplete: {name} is missing; copy or save it again"
-            )
-        if file.stat().st_size != size or _fingerprint(file)[1] != checksum:
-            raise _Refused(
-                f"path: {folder} is damaged: {name} has {file.stat().st_size} bytes of {size}, or "
-                "other content; copy or save it again"
-            )
-
-
 def _read(folder: Path, entries: list[dict[str, Any]]) -> list[jax.Array | np.ndarray]:
     names = [str(i) for i, entry in enumerate(entries) if np.prod(entry["shape"])]
     stored: dict[str, Any] = {}
@@ -293,55 +231,6 @@ def _read(folder: Path, entries: list[dict[str, Any]]) -> list[jax.Array | np.nd
     ]
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    file = path / _MANIFEST
-    if not file.is_file():
-        raise _Refused(
-            f"path: {path} is no jaxprune checkpoint (it has no {_MANIFEST}); Orbax checkpoints of "
-            "other programs are read with orbax.checkpoint, and saved here with jp.export.save"
-        )
-    text = file.read_bytes().decode("utf-8", "replace")
-    seal = _SEAL.search(text)
-    is_whole = seal is not None and _checksum(text[: seal.start()]) == seal[1]
-    try:
-        manifest = json.loads(text)
-        known, version = manifest["format"] == _FORMAT, manifest.get("version")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _Refused(f"path: {file} is damaged; copy or save it again") from error
-    if not known:
-        raise _Refused(f"path: {path} is no jaxprune checkpoint: format {manifest['format']!r}")
-    if version != _VERSION and (is_whole or type(version) is int):
-        raise _Refused(
-            f"path: {path} was written by another version of jaxprune ({version!r}, expected {_VERSION})"
-        )
-    if not is_whole:
-        raise _Refused(f"path: {file} is damaged (its checksum differs); copy or save it again")
-    return manifest
-
-
-def _sealed(text: str) -> str:
-    """A JSON object with a checksum of itself at its end."""
-    body = text.removesuffix("}")
-    return f'{body},"checksum":"{_checksum(body)}"}}'
-
-
-def _checksum(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
-def _fingerprint(file: Path) -> tuple[int, int]:
-    size = checksum = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            size += len(chunk)
-            checksum = zlib.crc32(chunk, checksum)
-    return size, checksum
-
-
 def disk_bytes(path: str | Path) -> int:
     """Bytes of all files in a folder.
 
@@ -350,4 +239,4 @@ def disk_bytes(path: str | Path) -> int:
       >>> jp.export.disk_bytes(tempfile.mkdtemp())
       0
     """
-    return sum(file.stat().st_size for file in _files(Path(path)))
+    return sum(file.stat().st_size for file in _folder.files(Path(path)))

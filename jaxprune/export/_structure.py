@@ -162,7 +162,7 @@ def _encode(node: Any, path: str, arrays: _Arrays) -> dict[str, Any]:
     if type(node) in (list, tuple):
         items = [below(i, child) for i, child in enumerate(node)]
         return {"kind": type(node).__name__, "items": items}
-    if _is_variable(node):
+    if is_variable(node):
         value = below("value", node.get_value() if hasattr(node, "get_value") else node.value)
         return {"kind": "variable", "type": type(node).__name__, "value": value}
     raise TypeError(_unknown(node, path))
@@ -181,7 +181,7 @@ def _is(node: Any, module: str, name: str) -> bool:
     return loaded is not None and isinstance(node, getattr(loaded, name))
 
 
-def _is_variable(node: Any) -> bool:
+def is_variable(node: Any) -> bool:
     return _is(node, "flax.nnx", "Variable")
 
 

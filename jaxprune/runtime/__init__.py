@@ -2,7 +2,7 @@
 
 from jaxprune.runtime import _codebooks, _factors, _integers, _pruned  # register their leaves
 from jaxprune.runtime._choose import Choice
-from jaxprune.runtime._compressed import CompressedFunction, Explanation, compressed
+from jaxprune.runtime._compressed import CompressedFunction, Explanation, compressed, lowered_for
 from jaxprune.runtime._decoders import dense_decoder
 from jaxprune.runtime._lowerings import LOWERINGS
 from jaxprune.runtime._rules import Kind, LeafRule, register_leaf

@@ -1,7 +1,9 @@
 """A function run on compressed leaves: the traced program, with other products."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +39,17 @@ from jaxprune.runtime._rules import has_rule, rule_of
 from jaxprune.runtime._tuning import parsed, thresholds_for
 
 _WARN_BYTES = 64 * 2**20
+_lowered_for: ContextVar[str | None] = ContextVar("lowered_for", default=None)
+
+
+@contextmanager
+def lowered_for(platform: str) -> Generator[None]:
+    """What is traced meanwhile will run on `platform`, unless `jp.compressed` was told another."""
+    token = _lowered_for.set(platform)
+    try:
+        yield
+    finally:
+        _lowered_for.reset(token)
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ class CompressedFunction:
         key = (treedef, *((s.shape, s.dtype) for s in shapes), inputs.key)
         dense = treedef.unflatten(shapes)
         program = self._programs.get(key, lambda: trace_program(self._fn, dense, *args, **kwargs))
-        platform = self._platform or jax.default_backend()
+        platform = self._platform or _lowered_for.get() or jax.default_backend()
         run = _Run(Settings(self._activations, platform, thresholds_for(platform, self._tuning)))
         held = [hold(leaf, path) for leaf, path in zip(leaves, paths, strict=True)]
         outs, _ = run.executor().run(program, [*held, *inputs.arrays])
@@ -323,7 +336,8 @@ def compressed(
         weights is quantized, one scale per row (token; per example in convolutions), as it comes.
         Leaves of `jp.quantize_activations` carry their own.
       platform: where the program will run, `"cpu"`, `"gpu"` or `"tpu"`; by default this process's
-        backend. Programs that are compiled for another (`jax.export`) name it here.
+        backend, and in `jp.export.save_model` each of its platforms. Programs that are compiled for
+        another by `jax.export` name it here.
       tuning: which lowering is fastest: by default what `jaxprune tune` measured on this machine; a path
         to another such file; or thresholds, `{kind: [(rows, lowering), …]}`, `{}` for the defaults.
 

@@ -139,7 +139,7 @@ def test_nothing_half_written(params, tmp_path, monkeypatch, overwrite, step):
     elif step == "manifest":
         monkeypatch.setattr(pathlib.Path, "write_text", fail)
     else:
-        monkeypatch.setattr(jp.export._checkpoint, "_replace", fail)
+        monkeypatch.setattr(jp.export._folder, "_replace", fail)
     with pytest.raises(ZeroDivisionError):
         jp.export.save(tmp_path / "x", {"w": jnp.ones(2)}, overwrite=True)
     monkeypatch.undo()
@@ -300,12 +300,12 @@ def test_classes_are_looked_up_in_a_list(tmp_path):
 
 
 def resealed(text):
-    return jp.export._checkpoint._sealed(text)
+    return jp.export._folder._sealed(text)
 
 
 def bare(text):
     """A manifest without its checksum."""
-    return jp.export._checkpoint._SEAL.sub("}", text)
+    return jp.export._folder._SEAL.sub("}", text)
 
 
 def mangled(value, random):
