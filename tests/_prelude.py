@@ -1,8 +1,12 @@
 """What the code of the README and of the docs takes as given: a network, data, and optimizers."""
 
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax import nnx
 
 import jaxprune as jp
@@ -101,3 +105,15 @@ def example_loss(x, y):
 
 examples = [(x, labels)]
 logits, actions, reward, value = normal(4, 3), jnp.ones((4, 3)), normal(4), normal(4, seed=1)
+
+
+# of the README: a decoder of the example, and a small convolutional network
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from _decoder import Config, Decoder, empty_cache  # noqa: E402
+
+config = Config(vocabulary=64, layers=2, width=64, heads=4, kv_heads=2, neurons=128)
+decoder = Decoder(config, nnx.Rngs(0))
+text = jnp.arange(48).reshape(2, 24) % 64
+cache, position = empty_cache(config, 2, 64), jnp.int32(0)
+pool = lambda x: x.mean((1, 2))
+cnn = nn.Sequential([nn.Conv(16, (3, 3)), nn.relu, nn.Conv(32, (3, 3)), nn.relu, pool, nn.Dense(4)])
