@@ -159,15 +159,15 @@ def _flat(tree):
 # --- recover
 
 
-def recovered(small_fn, small, fn, params, plan, batches, steps):
-    """Trained on the text and towards the dense one's probabilities."""
+def recovered(small_fn, small, fn, teacher, plan, batches, steps):
+    """Trained on the text and towards the probabilities of the dense one, trained on for as long."""
     kd = lambda s, t, x: jp.distill.kd(s.out[0], t.out[0], temperature=1.0).mean()
     task = lambda s, t, x: cross_entropy(s.out[0], x[:, 1:]).mean() * LOG2
     return jp.distill.recover(
         small_fn,
         small,
         fn,
-        params,
+        teacher,
         batches,
         optimizer(plan, steps),
         terms={"kd": (0.5, kd), "text": (0.5, task)},
@@ -217,7 +217,7 @@ def compare(plan, ids, held, scan):
         masks = pruned(kind, part, fn, params, plan, ids, scan)
         small_fn, small = jp.compact(fn, params, masks, held[:1, :-1])
         note((kind, part, "cut"), small_fn, small)
-        tuned = recovered(small_fn, small, fn, params, plan, data(second, 1), second)
+        tuned = recovered(small_fn, small, fn, longer, plan, data(second, 1), second)
         note((kind, part, "recovered"), small_fn, tuned)
         kept[kind, part] = masks, small_fn, tuned
     best = min((key for key in kept if key[0] == "both"), key=lambda key: abs(key[1] - 0.5))
