@@ -291,7 +291,8 @@ def plot(path, found, title):
     )
     for kind in ("width", "depth", "both"):
         for state, line, face in (("cut", ":", "none"), ("recovered", "-", None)):
-            points = [dense, *(p for k, p in found.items() if k[0] == kind and k[2] == state)]
+            first = dense if state == "cut" else found["dense", 1.0, "trained on"]
+            points = [first, *(p for k, p in found.items() if k[0] == kind and k[2] == state)]
             color, marker = styles[kind]
             how = {"mfc": face} if face else {}
             label = f"{kind}, {'cut alone' if state == 'cut' else 'and recovered'}"
@@ -320,7 +321,7 @@ def plot(path, found, title):
     floats = [
         p
         for k, p in found.items()
-        if k[2] in ("trained", "recovered") and k[0] in ("dense", "both")
+        if k[2] in ("trained on", "recovered") and k[0] in ("dense", "both")
     ]
     draw(
         right,
@@ -336,9 +337,9 @@ def plot(path, found, title):
         draw(right, x, points, color=color, marker="*", ms=10, ls="", label=f"both, {b} bits")
     cut = [p.bits[0] for k, p in found.items() if k[2] != "cut"]
     low, high = min(cut), max(cut)
-    left.set_ylim(low - 0.15 * (high - low), high + 1.2 * (high - low))
+    left.set_ylim(low - 0.6 * (high - low), high + 5 * (high - low))
     left.set(xlabel="parameters (thousands)", ylabel="bits per character, text held out")
-    right.set(xlabel="parameters in memory (MB)", xscale="log")
+    right.set(xlabel="parameters in memory (MB)", xlim=(0, None))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
