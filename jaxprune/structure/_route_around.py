@@ -26,7 +26,11 @@ from jaxprune.program import (
 
 
 class RoutedFunction:
-    """A function whose routers pass experts by, from `jp.structure.route_around`."""
+    """A function whose routers pass masked experts by, from `jp.structure.route_around`.
+
+    Attributes:
+      __wrapped__: the function that was given.
+    """
 
     def __init__(self, fn: Callable[..., Any], router: Where) -> None:
         """Made by `jp.structure.route_around`."""
