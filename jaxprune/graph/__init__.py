@@ -10,6 +10,7 @@ from jaxprune.graph._places import Place, places_of
 from jaxprune.graph._reduce import Reduced, reduced
 from jaxprune.graph._removal import Removal, removal_of
 from jaxprune.graph._residual import Block, iterations_of, residual_blocks
+from jaxprune.graph._routing import NO_EXPERT
 from jaxprune.graph._states import States, full_sizes, state_inputs, state_name
 from jaxprune.graph._trace import Graph, trace
 

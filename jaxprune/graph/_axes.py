@@ -19,18 +19,51 @@ class AxisInfo:
       value: the number that all entries have, where it is known.
       uniform: per axis one bool per index: once their units are masked, all these hold the same along
         the axis, zero or not. `None` where nothing but `zero` is known.
+      low: per axis one bool per index: minus infinity once its unit is masked, see `_routing`. `None`:
+        nowhere.
+      is_share: no entry is below 0, as of exponentials and their shares, so that a zero is the least.
+      names: ids of an axis of which all entries are indices, none of a masked unit; or `None`.
+      counts: the axis along which the entries are 0, 1, 2, …; or `None`.
     """
 
     ids: tuple[np.ndarray, ...]
     zero: tuple[np.ndarray, ...]
     value: float | None = None
     uniform: tuple[np.ndarray, ...] | None = None
+    low: tuple[np.ndarray, ...] | None = None
+    is_share: bool = False
+    names: np.ndarray | None = None
+    counts: int | None = None
 
     def alike(self, axis: int) -> np.ndarray:
         """Which indices of an axis hold the same along it, once their units are masked."""
         if self.value is not None:
             return np.ones(len(self.ids[axis]), bool)
         return self.zero[axis] if self.uniform is None else self.uniform[axis]
+
+    def is_low(self, axis: int) -> np.ndarray:
+        """Which indices of an axis hold minus infinity, once their units are masked."""
+        if self.value == -np.inf:
+            return np.ones(len(self.ids[axis]), bool)
+        return np.zeros(len(self.ids[axis]), bool) if self.low is None else self.low[axis]
+
+    def is_least(self, axis: int) -> np.ndarray:
+        """Which indices of an axis are never above others, once their units are masked."""
+        return self.is_low(axis) | (self.zero[axis] & self.is_share)
+
+    def moved(self, to: dict[int, int], shape: tuple[int, ...]) -> dict[str, Any]:
+        """`low`, `is_share`, `names` and `counts` under other axes; `to`: where those are
+        that stay whole.
+        """
+        low = None
+        if self.low is not None:
+            back = {new: old for old, new in to.items()}
+            flags = (
+                self.low[back[i]] if i in back else np.zeros(n, bool) for i, n in enumerate(shape)
+            )
+            low = tuple(flags)
+        counts = None if self.counts is None else to.get(self.counts)
+        return {"low": low, "is_share": self.is_share, "names": self.names, "counts": counts}
 
     @property
     def is_zero(self) -> bool:

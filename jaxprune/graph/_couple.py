@@ -19,6 +19,7 @@ from jaxprune.graph._indexing import (
 )
 from jaxprune.graph._mixing import (
     along_rule,
+    collective_rule,
     conv_rule,
     dot_rule,
     ragged_rule,
@@ -47,8 +48,9 @@ RULES: dict[str, Rule] = {
     **{
         name: elementwise(name)
         for name, known in PRIMITIVES.items()
-        if known.kind in (Kind.IDENTITY, Kind.CAST, Kind.ELEMENTWISE, Kind.COLLECTIVE)
+        if known.kind in (Kind.IDENTITY, Kind.CAST, Kind.ELEMENTWISE)
     },
+    **{name: collective_rule(name) for name, x in PRIMITIVES.items() if x.kind is Kind.COLLECTIVE},
     **{name: reduce_rule(name) for name, x in PRIMITIVES.items() if x.kind is Kind.REDUCTION},
     "broadcast_in_dim": broadcast_rule,
     "transpose": transpose_rule,

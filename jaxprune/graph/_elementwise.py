@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxprune.graph._axes import AxisInfo, Rule, plainest
 from jaxprune.graph._constraints import Constraints
+from jaxprune.graph._routing import is_share, low_of, passed_names, routed_zeros, value_of
 from jaxprune.program import Kind, primitive
 
 
@@ -22,7 +23,10 @@ def elementwise(name: str) -> Rule:
         if len(outs) > 1:  # several values side by side, each passed on
             return [AxisInfo(x.ids, x.zero, x.value) for x in ins]
         shape = outs[0]
-        ids, zero, uniform = [], [], []
+        chooses_first = name == "select_n" and ins[0].is_zero
+        deciding = ins[1:2] if chooses_first else ins  # whose values the result has
+        kind = "copy" if chooses_first else name
+        ids, zero, uniform, lows = [], [], [], []
         for axis, n in enumerate(shape):
             carrying = [x for x in ins if len(x.shape) == len(shape) and x.shape[axis] == n]
             chosen = plainest(x.ids[axis] for x in carrying)
@@ -31,15 +35,24 @@ def elementwise(name: str) -> Rule:
             ids.append(chosen)
             flags = [
                 np.full(n, x.is_zero) | (x.zero[axis] if any(x is c for c in carrying) else False)
-                for x in ins
+                for x in deciding
             ]
-            zero.append(_zero_of(name, params, flags, [x.value for x in ins]))
+            low = [x.is_low(axis) if x.shape[axis : axis + 1] == (n,) else None for x in deciding]
+            routed = routed_zeros(kind, n, low, constraints, axis, ids[-1], deciding)
+            zero.append(_zero_of(kind, params, flags, [x.value for x in deciding]))
+            zero[-1] = (zero[-1] | routed.zero) & ~routed.spoilt
+            lows.append(low_of(kind, n, low, flags, deciding))
             uniform.append(_uniform(name, zero[-1], [x.alike(axis) for x in carrying]))
-        known = _passed_on(name, params, ins[0].value)
-        whole = [np.array([x.is_zero]) for x in ins]
-        if known is None and _zero_of(name, params, whole, [x.value for x in ins])[0]:
+        known = _passed_on(kind, params, deciding[0].value)
+        whole = [np.array([x.is_zero]) for x in deciding]
+        if known is None and _zero_of(kind, params, whole, [x.value for x in deciding])[0]:
             known = 0.0
-        return [AxisInfo(tuple(ids), tuple(zero), known, tuple(uniform))]
+        if known is None:
+            known = value_of(kind, params, deciding)
+        names, counts = passed_names(kind, params, deciding)
+        low = tuple(lows) if any(flags.any() for flags in lows) else None
+        share = is_share(kind, deciding)
+        return [AxisInfo(tuple(ids), tuple(zero), known, tuple(uniform), low, share, names, counts)]
 
     return rule
 
@@ -75,6 +88,8 @@ def _zero_of(
         return flags[0] if values[1] is not None and values[1] > 0 else np.zeros_like(flags[0])
     if name == "select_n":
         return np.logical_and.reduce(flags[1:])
+    if name == "ne":  # of what is zero from zero
+        return np.logical_and.reduce(flags)
     if name == "integer_pow" and params.get("y", 1) <= 0:
         return np.zeros_like(flags[0])
     if primitive(name).absorbs_zero:

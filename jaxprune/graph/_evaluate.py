@@ -17,7 +17,15 @@ from jaxprune.graph._axes import AxisInfo
 from jaxprune.graph._counted import Derived, counted
 from jaxprune.graph._nested import nested_rule
 from jaxprune.graph._zeros import Work
-from jaxprune.program import Executor, HookResult, Operation, Program, Step, run_operation
+from jaxprune.program import (
+    PRIMITIVES,
+    Executor,
+    HookResult,
+    Operation,
+    Program,
+    Step,
+    run_operation,
+)
 
 Kept = tuple[np.ndarray, ...]  # per axis the indices that are left
 
@@ -223,8 +231,52 @@ def _conv(sides: Sides, operands: list[Any]) -> Any:
     return sides.bind(operands, feature_group_count=groups)
 
 
+def _renumbered(sides: Sides, axis: int, index: Any) -> Any:
+    """Indices into what is left of an axis, for indices into all of it; those beyond it stay beyond."""
+    n, left = sides.plan.full[sides.operation.ins[0]][axis], sides.before[axis]
+    place = jnp.asarray(np.searchsorted(left, np.arange(n)), index.dtype)
+    beyond = jnp.where(index < 0, index, index - n + len(left))
+    return jnp.where((index >= 0) & (index < n), place[jnp.clip(index, 0, n - 1)], beyond)
+
+
+def _scatter(sides: Sides, operands: list[Any]) -> Any:
+    spec = sides.params["dimension_numbers"]
+    (axis, *more), (x, index, new) = spec.scatter_dims_to_operand_dims or (0, 0), operands
+    if not more and axis in spec.inserted_window_dims and sides.is_cut(axis):
+        index = _renumbered(sides, axis, index)
+    return sides.bind([x, index, new])
+
+
+def _named(sides: Sides, axis: int, index: Any) -> Any:
+    """Indices into all of an axis, for indices into what is left of it. Inverse of `_renumbered`."""
+    return jnp.asarray(sides.before[axis], index.dtype)[index]
+
+
+def _argmax(sides: Sides, operands: list[Any]) -> Any:
+    axis = sides.params["axes"][0]
+    index = sides.bind(operands)
+    return _named(sides, axis, index) if sides.is_cut(axis) else index
+
+
+def _top_k(sides: Sides, operands: list[Any]) -> Any:
+    rank = len(sides.before)
+    axis = sides.params.get("axis", sides.params.get("reduction_dimension", -1)) % rank
+    wanted, left = sides.shape[axis], len(sides.before[axis])
+    if wanted > left:
+        raise ValueError(
+            f"compact: the {wanted} largest of {left} at {sides.operation.source}: as many experts have "
+            f"to stay as each token is given to; keep {wanted} of them (unit_masks: min_units={wanted})"
+        )
+    values, index = sides.bind(operands)
+    return [values, _named(sides, axis, index) if sides.is_cut(axis) else index]
+
+
 def _gather(sides: Sides, operands: list[Any]) -> Any:
     full = sides.plan.full[sides.operation.ins[0]]
+    spec = sides.params["dimension_numbers"]
+    (axis, *more), (x, index) = spec.start_index_map or (0, 0), operands
+    if not more and axis in spec.collapsed_slice_dims and sides.is_cut(axis):
+        operands = [x, _renumbered(sides, axis, index)]
     sizes = tuple(
         len(index) if sides.is_cut(axis) and size == full[axis] else size
         for axis, (index, size) in enumerate(
@@ -247,5 +299,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "split": _split,
     "conv_general_dilated": _conv,
     "gather": _gather,
+    **{name: _scatter for name in PRIMITIVES if name.startswith("scatter")},
+    "argmax": _argmax,
+    "top_k": _top_k,
     "dynamic_slice": _dynamic_slice,
 }

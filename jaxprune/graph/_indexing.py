@@ -35,10 +35,17 @@ def gather_rule(
         if sizes[axis] == x.shape[axis] and axis in kept:
             to = spec.offset_dims[kept.index(axis)]
             ids[to], zero[to] = x.ids[axis], x.zero[axis] & (not fills)
+        elif _is_named(index, x.shape[axis], axis, spec.start_index_map) and sizes[axis] == 1:
+            constraints.equate(x.ids[axis], index.names)
         elif axis not in batch:
             constraints.freeze(x.ids[axis], f"looked up by index at {source}")
     constraints.freeze(index.ids[-1], f"indices of a gather at {source}")
-    return [AxisInfo(tuple(ids), tuple(zero), 0.0 if x.is_zero else None)]
+    return [AxisInfo(tuple(ids), tuple(zero), 0.0 if x.is_zero else None, names=x.names)]
+
+
+def _is_named(index: AxisInfo, n: int, axis: int, indexed: Any) -> bool:
+    """Whether indices of one axis name its entries, and none of a masked unit."""
+    return tuple(indexed) == (axis,) and index.names is not None and len(index.names) == n
 
 
 def scatter_rule(name: str) -> Rule:
@@ -66,7 +73,11 @@ def scatter_rule(name: str) -> Rule:
                 place = spec.update_window_dims[window.index(axis)]
             else:
                 place = None
-            if place is None or new.shape[place] != x.shape[axis]:
+            named = _is_named(index, x.shape[axis], axis, spec.scatter_dims_to_operand_dims)
+            if place is None and named:
+                constraints.equate(x.ids[axis], index.names)  # nothing is written where masked
+                zero[axis] = x.zero[axis] | x.is_zero
+            elif place is None or new.shape[place] != x.shape[axis]:
                 constraints.freeze(x.ids[axis], reason)
                 if place is not None:
                     constraints.freeze(new.ids[place], reason)
@@ -116,6 +127,15 @@ def top_k_rule(
 ) -> list[AxisInfo]:
     x = ins[0]
     axis = params.get("axis", params.get("reduction_dimension", -1)) % len(x.ids)
+    low = x.is_least(axis)
+    if low.any() and "recall_target" not in params:  # never among the largest
+        reason = f"ranked along it at {source}"
+        constraints.freeze(x.ids[axis][~low], reason)
+        ids = list(x.ids)
+        ids[axis] = constraints.fixed(outs[0][axis], reason)
+        zero = [np.zeros(n, bool) if i == axis else x.zero[i] for i, n in enumerate(outs[0])]
+        flags = tuple(np.zeros(n, bool) for n in outs[0])
+        return [AxisInfo(tuple(ids), tuple(zero)), AxisInfo(tuple(ids), flags, names=x.ids[axis])]
     passes = [i != axis for i in range(len(x.ids))]
     y = passed_or_frozen(constraints, x, outs[0], passes, f"ranked along it at {source}")
     return [y, AxisInfo(y.ids, tuple(np.zeros(len(z), bool) for z in y.zero))]

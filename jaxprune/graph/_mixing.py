@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune.graph._axes import AxisInfo, Rule, joined, no_rule, passed_or_frozen, plainest
 from jaxprune.graph._constraints import Constraints
+from jaxprune.graph._elementwise import elementwise
 from jaxprune.graph._shapes import split_axis
 
 
@@ -25,6 +26,8 @@ def reduce_rule(name: str) -> Rule:
             unsafe = np.full(x.shape[axis], True)
             if name in ("reduce_sum", "reduce_or"):
                 unsafe = ~(x.alike(axis) if name == "reduce_sum" else x.zero[axis])
+            elif name in ("reduce_max", "argmax"):
+                unsafe = ~x.is_least(axis)
             if not x.is_zero or name != "reduce_sum":
                 constraints.freeze(
                     x.ids[axis][unsafe],
@@ -39,11 +42,32 @@ def reduce_rule(name: str) -> Rule:
                     tuple(x.zero[i] & keeps for i in left),
                     0.0 if x.is_zero and keeps else None,
                     tuple(x.alike(i) for i in left),
+                    is_share=x.is_share and name in ("reduce_sum", "reduce_max"),
+                    names=x.ids[params["axes"][0]] if name == "argmax" else None,
                 )
             )
         return found
 
     return rule
+
+
+def collective_rule(name: str) -> Rule:
+    """Exchange between devices, entry by entry; axes that `vmap` gave a name are summed over."""
+    apart, within = elementwise(name), reduce_rule(_REDUCES.get(name, name))
+
+    def rule(
+        constraints: Constraints, params: Any, source: str, ins: Any, outs: Any
+    ) -> list[AxisInfo]:
+        axes = tuple(axis for axis in params.get("axes", ()) if isinstance(axis, int))
+        if not axes:
+            return apart(constraints, params, source, ins, outs)
+        pairs = zip(ins, outs, strict=True)
+        return [within(constraints, {"axes": axes}, source, [x], [shape])[0] for x, shape in pairs]
+
+    return rule
+
+
+_REDUCES = {"psum": "reduce_sum", "pmax": "reduce_max", "pmin": "reduce_min"}
 
 
 def dot_rule(
@@ -77,8 +101,14 @@ def ragged_rule(
     (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
     if {*rows} & {*lc, *lb} or len(groups) != 1:
         return no_rule(constraints, params, source, ins, outs, "ragged product of this kind")
-    for ids in (lhs.ids[rows[0]], rhs.ids[groups[0]], *sizes.ids):
-        constraints.freeze(ids, f"rows are divided into groups at {source}")
+    reason = f"rows are divided into groups at {source}"
+    constraints.freeze(lhs.ids[rows[0]], reason)
+    if len(sizes.ids) == 1:  # a matrix that no row meets may go
+        constraints.equate(rhs.ids[groups[0]], sizes.ids[0])
+        constraints.freeze(sizes.ids[0][~sizes.zero[0]], reason)
+    else:
+        for ids in (rhs.ids[groups[0]], *sizes.ids):
+            constraints.freeze(ids, reason)
     left = [i for i in range(len(rhs.ids)) if i != groups[0]]  # one matrix, as all others
     one = AxisInfo(tuple(rhs.ids[i] for i in left), tuple(rhs.zero[i] for i in left), rhs.value)
     contract, batch = (tuple(left.index(i) for i in axes) for axes in (rc, rb))
@@ -166,7 +196,8 @@ def along_rule(name: str) -> Rule:
             zero = [z & keeps for z in x.zero]
             zero[axis] = np.zeros(outs[0][axis], bool)
             known = 0.0 if x.is_zero and keeps else None
-            found.append(AxisInfo(tuple(ids), tuple(zero), known))
+            names = x.names if name == "sort" else None
+            found.append(AxisInfo(tuple(ids), tuple(zero), known, names=names))
         return found
 
     return rule

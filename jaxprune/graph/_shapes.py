@@ -1,5 +1,6 @@
 """Rules of operations that move entries without mixing them: reshapes, slices, joins."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ def broadcast_rule(
             ids.append(constraints.fresh(n) if n > 1 else np.full(n, FROZEN))
             zero.append(np.full(n, False))
             uniform.append(np.full(n, True))
-    return [AxisInfo(tuple(ids), tuple(zero), x.value, tuple(uniform))]
+    to = {axis: i for i, axis in where.items() if x.shape[axis] == shape[i]}
+    return [AxisInfo(tuple(ids), tuple(zero), x.value, tuple(uniform), **x.moved(to, shape))]
 
 
 def transpose_rule(
@@ -32,7 +34,8 @@ def transpose_rule(
 ) -> list[AxisInfo]:
     x, order = ins[0], params["permutation"]
     ids, zero, alike = zip(*((x.ids[i], x.zero[i], x.alike(i)) for i in order), strict=True)
-    return [AxisInfo(ids, zero, x.value, alike)]
+    more = x.moved({axis: i for i, axis in enumerate(order)}, tuple(x.shape[i] for i in order))
+    return [AxisInfo(ids, zero, x.value, alike, **more)]
 
 
 def squeeze_rule(
@@ -45,7 +48,8 @@ def squeeze_rule(
     ids, zero, alike = (
         tuple(f(i) for i in left) for f in (x.ids.__getitem__, x.zero.__getitem__, x.alike)
     )
-    return [AxisInfo(ids, zero, x.value, alike)]
+    more = x.moved({axis: i for i, axis in enumerate(left)}, tuple(x.shape[i] for i in left))
+    return [AxisInfo(ids, zero, x.value, alike, **more)]
 
 
 def blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -91,7 +95,8 @@ def reshape_rule(
     twins = {to: axis for axis, to in axes_kept(x.shape, shape).items()}
     uniform = {i: x.alike(twins[i]) if i in twins else zero[i] for i in ids}
     listed = lambda found: tuple(found[i] for i in range(len(shape)))
-    return [AxisInfo(listed(ids), listed(zero), x.value, listed(uniform))]
+    more = x.moved(axes_kept(x.shape, shape), shape)
+    return [AxisInfo(listed(ids), listed(zero), x.value, listed(uniform), **more)]
 
 
 def axes_kept(before: tuple[int, ...], after: tuple[int, ...]) -> dict[int, int]:
@@ -204,7 +209,9 @@ def generated_rule(
     for x in ins:
         for ids in x.ids:
             constraints.freeze(ids, f"a seed at {source}")
-    return [fresh_axes(constraints, outs[0], zero=False)]
+    made = fresh_axes(constraints, outs[0], zero=False)
+    is_iota = "dimension" in params and "dtype" in params and len(outs) == 1
+    return [replace(made, counts=params["dimension"] if is_iota else None)]
 
 
 def reverse_rule(

@@ -22,7 +22,7 @@ _CURES = {
     "looked up": "rows of a table are chosen by data; its columns may go",
     "written": "entries are chosen by data; what is written whole may go",
     "no rule": "this operation is not known; write it with others, or add a rule to graph/_couple.py",
-    "rows are divided": "experts are chosen by data; their neurons may go",
+    "rows are divided": "experts are chosen by data: they may go from structure.route_around(fn, …)",
     "a window moves": "space, not channels",
     "it has one entry": "nothing to choose from",
     "not read": "the function never reads it; leave it out of the parameters",

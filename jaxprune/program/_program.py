@@ -115,6 +115,15 @@ def trace_program(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
             f"({type(error).__name__}); use jnp.where or jax.lax.cond there, or bind what is static with "
             "functools.partial"
         ) from error
+    except NameError as error:
+        if "unbound axis name" not in str(error):
+            raise
+        name = str(error).partition("unbound axis name: ")[2].partition(".")[0].strip()
+        raise ValueError(
+            f"fn: {_line_of(error)} sums over the named axis {name!r}, which nothing binds; trace the "
+            f"function that does: jax.vmap(fn, in_axes=(None, 0), axis_name={name!r}) with a further "
+            "leading axis of the inputs, or jax.shard_map over a mesh with such an axis"
+        ) from error
     program = Program(out_tree=jax.tree.structure(shapes))
     program.inputs = [_new(program, var.aval) for var in closed.jaxpr.invars]
     program.outputs = _open(program, closed, program.inputs)

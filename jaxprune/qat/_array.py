@@ -1,6 +1,6 @@
 """The leaf that trains for quantization."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
@@ -94,8 +94,9 @@ class QATArray(CompressedLeaf):
         else:
             low, high = integer_range(self.spec)
             scale = scale_gradient(scale, 1.0 / (self.size / scale.size * high) ** 0.5)
-            offset = jnp.zeros(()) if zero is None else spread(zero, x.shape)
-            still, spread_scale = jax.lax.stop_gradient(x), spread(scale, x.shape)
+            offset = jnp.zeros(()) if zero is None else spread(zero, x.shape, self.spec)
+            still = jax.lax.stop_gradient(x)
+            spread_scale = spread(scale, x.shape, self.spec)
             learned = round_ste(still, spread_scale, offset, low, high, residual=True)
             through = learned + (x - still)
         return (through + jax.lax.stop_gradient(exact - through)).astype(self.dtype)
@@ -119,18 +120,18 @@ class QATArray(CompressedLeaf):
         x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
         exponent = jnp.exp2(self.step.astype(x.dtype) - FIRST)
         if self.spec.symmetric:
-            return _first_step(x, self.step.shape, high) * exponent, None
-        least = jnp.minimum(_reduced(jnp.min, x, self.step.shape), 0.0)
-        most = jnp.maximum(_reduced(jnp.max, x, self.step.shape), 0.0)
+            return _first_step(x, self.step.shape, high, self.spec) * exponent, None
+        least = jnp.minimum(_reduced(jnp.min, x, self.step.shape, self.spec), 0.0)
+        most = jnp.maximum(_reduced(jnp.max, x, self.step.shape, self.spec), 0.0)
         scale = _usable((most - least) / (high - low)) * exponent
         zero = jnp.clip(jnp.round(low - least / jax.lax.stop_gradient(scale)), low, high)
         return scale, zero
 
 
-def _first_step(x: Array, shape: tuple[int, ...], top: int) -> Array:
+def _first_step(x: Array, shape: tuple[int, ...], top: int, spec: Spec) -> Array:
     """`2 mean|w| / sqrt(q)` over the entries of each scale, at most their range."""
     magnitude = jnp.abs(x)
-    mean, most = (_reduced(op, magnitude, shape) for op in (jnp.mean, jnp.max))
+    mean, most = (_reduced(op, magnitude, shape, spec) for op in (jnp.mean, jnp.max))
     return _usable(jnp.minimum(2 * mean / top**0.5, most / top))
 
 
@@ -138,9 +139,19 @@ def _usable(scale: Array) -> Array:
     return jnp.where(scale > 0, jnp.maximum(scale, jnp.finfo(scale.dtype).tiny), 1.0)
 
 
-def _reduced(op: Any, x: Array, shape: tuple[int, ...]) -> Array:
-    """A reduction over the entries of each scale."""
+def _reduced(op: Any, x: Array, shape: tuple[int, ...], spec: Spec) -> Array:
+    """A reduction over the entries of each scale; of least and largest values, 0 is one besides."""
     if x.size == 0:
         return jnp.zeros(shape, x.dtype)
+    axis = spec.padded_axis
+    if axis is not None and shape[axis] > 1:  # padding counts in no mean
+        n, size = x.shape[axis], spec.group_size or 1
+        pads = [(0, shape[axis] * size - n if i == x.ndim + axis else 0) for i in range(x.ndim)]
+        there = jnp.pad(jnp.ones_like(x), pads)
+        x = jnp.pad(x, pads)
+        if op is jnp.mean:
+            whole = replace(spec, otherwise="auto")
+            total, count = (_reduced(jnp.sum, y, shape, whole) for y in (x, there))
+            return total / count
     split = [k for n, m in zip(x.shape, shape, strict=True) for k in (m, n // m)]
     return op(x.reshape(split), tuple(range(1, 2 * x.ndim, 2)))

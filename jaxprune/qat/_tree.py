@@ -1,5 +1,6 @@
 """Whole trees into quantization-aware training and out of it."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxprune.qat._array import FIRST, QATArray
 from jaxprune.quantize import (
     ActivationQuantized,
     InputScale,
+    Misfits,
     Rules,
     Spec,
     has_parts,
@@ -27,6 +29,7 @@ def prepare(
     method: str = "lsq",
     symmetric: bool = True,
     group_size: int | None = None,
+    otherwise: str = "auto",
     dtype: Any = None,
     granularity: str = "channel",
     masks: Masks | None = None,
@@ -43,7 +46,7 @@ def prepare(
 
     Args:
       params: any tree of arrays; leaves of `jp.quantize_activations` keep their input scales.
-      bits, symmetric, group_size, dtype, granularity: see `jp.quantize.Spec`.
+      bits, symmetric, group_size, otherwise, dtype, granularity: see `jp.quantize.Spec`.
       method: `"lsq"`: steps are learned with the weights, from `2 mean|w| / sqrt(q)` on (integers only);
         `"absmax"`: the weight's range in each step.
       masks: pruned weights stay exactly 0, through training and quantization: they get no gradient, and
@@ -55,10 +58,11 @@ def prepare(
 
     Raises:
       ValueError: unknown names, learned steps for `"nf4"` or `"float8_e4m3fn"`, a group size that does
-        not divide a leaf, masks of another tree.
+        not divide a leaf where `otherwise="error"`, masks of another tree.
 
     Warns:
-      UserWarning: input scales that are fixed, beside weights that train: decay would move them.
+      UserWarning: leaves that groups do not divide, and what became of them; input scales
+        that are fixed, beside weights that train: decay would move them.
 
     Example:
       >>> params = {"w": jnp.array([[0.9, -0.4], [0.2, 0.7]])}
@@ -72,9 +76,15 @@ def prepare(
     """
     _checks.choice("method", method, ("lsq", "absmax"))
     base = Spec(
-        bits=bits, symmetric=symmetric, group_size=group_size, dtype=dtype, granularity=granularity
+        bits=bits,
+        symmetric=symmetric,
+        group_size=group_size,
+        otherwise=otherwise,
+        dtype=dtype,
+        granularity=granularity,
     )
-    specs = specs_for(params, base, rules, where, uses)
+    misfits = Misfits()
+    specs = specs_for(params, base, rules, where, uses, misfits)
     paths, leaves, treedef = _trees.flatten(params)
     if masks is None:
         kept: list[Any] = [None] * len(leaves)
@@ -90,20 +100,27 @@ def prepare(
                 f"method: {spec.format} of leaf {path!r} has no step to learn; use 'absmax'"
             )
     out = []
-    for leaf, spec, mask in zip(leaves, specs, kept, strict=True):
+    for path, leaf, spec, mask in zip(paths, leaves, specs, kept, strict=True):
+        one = partial(_prepared, path=path, mask=mask, method=method, misfits=misfits)
         if spec is None:
             out.append(leaf)
         elif isinstance(leaf, ActivationQuantized):
-            out.append(leaf.with_weight(_prepared(leaf.weight, spec, mask, method)))
+            out.append(leaf.with_weight(one(leaf.weight, spec)))
         else:
-            out.append(_prepared(leaf, spec, mask, method))
+            out.append(one(leaf, spec))
+    misfits.tell()
     tell_fixed_scales(paths, out)
     return treedef.unflatten(out)
 
 
-def _prepared(leaf: Any, spec: Spec, mask: Any, method: str) -> Any:
+def _prepared(leaf: Any, spec: Spec, *, path: str, mask: Any, method: str, misfits: Misfits) -> Any:
     if has_parts(leaf):  # codebooks and factors train in its stead
-        return leaf.quantized(lambda x, spec: _prepared(x, spec, None, method), spec)
+        one = partial(_prepared, path=path, mask=None, method=method, misfits=misfits)
+        return leaf.quantized(one, spec)
+    known = misfits.fit(spec, path, leaf)
+    if known is None:
+        return leaf
+    spec = known
     value = jnp.array(_trees.dense(leaf))  # a copy: training may donate it
     pruned = mask is not None and jnp.ndim(mask) > 0
     if pruned:  # what is kept is not 0, however small, so that 0 means pruned

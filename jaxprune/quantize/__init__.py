@@ -18,8 +18,9 @@ from jaxprune.quantize._inputs import (
     scale_gradient,
     tell_fixed_scales,
 )
+from jaxprune.quantize._misfits import Misfits
 from jaxprune.quantize._scale import from_levels, reciprocal, scale_of, spread, to_levels
-from jaxprune.quantize._spec import NF4_LEVELS, Spec, integer_range, resolved
+from jaxprune.quantize._spec import NF4_LEVELS, Spec, integer_range
 from jaxprune.quantize._tree import Rules, dequantize_tree, has_parts, quantize_tree, specs_for
 from jaxprune.quantize._views import leading_block
 

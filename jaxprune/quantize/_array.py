@@ -19,7 +19,7 @@ from jaxprune.quantize._scale import (
     scale_of,
     to_levels,
 )
-from jaxprune.quantize._spec import Spec, resolved
+from jaxprune.quantize._spec import Spec, fitted, group_length
 from jaxprune.quantize._views import leading_block, reshaped_scales
 
 
@@ -78,6 +78,12 @@ class QuantizedArray(CompressedLeaf):
         shape = list(self.values.shape)
         shape[self.axis] = self.length
         return tuple(shape)
+
+    @property
+    def group_length(self) -> int:
+        """Entries of one scale along the leading axis; the last group may have fewer."""
+        n, count = self.shape[0], self.scale.shape[0]
+        return max(group_length(n, count, self.spec, -self.ndim), 1)
 
     def levels(self) -> Array:
         """The codes, unpacked: int8 (nf4: indices 0 to 15) or float8, in the dense shape."""
@@ -144,8 +150,9 @@ class QuantizedArray(CompressedLeaf):
         """
         packed = self.spec.width < 8 and self.ndim + self.axis == 0
         n = self.shape[0] if self.ndim > 1 and not packed else 0
-        ratio = n // max(self.scale.shape[0], 1) if n else 1
-        whole = isinstance(start, (int, np.integer)) and start % ratio == size % ratio == 0
+        ratio = self.group_length if n else 1
+        known = isinstance(start, (int, np.integer))
+        whole = known and start % ratio == 0 and (size % ratio == 0 or start + size == n)
         if n == 0 or not (ratio in (1, n) or whole):
             raise TypeError(f"block: cuts through groups or bytes of shape {self.shape}")
         return self.leading(start, size)
@@ -160,11 +167,11 @@ class QuantizedArray(CompressedLeaf):
 
     def leading(self, start: Any, size: int) -> "QuantizedArray":
         """`block` for callers who know that it holds whole groups."""
-        n = self.shape[0]
-        cut = lambda y: None if y is None else leading_block(y, n, start, size)
+        n, length = self.shape[0], self.group_length
+        cut = lambda y: None if y is None else leading_block(y, n, start, size, length)
         return replace(
             self,
-            values=cut(self.values),
+            values=leading_block(self.values, n, start, size),
             scale=cut(self.scale),
             zero_point=cut(self.zero_point),
             length=self.length if self.ndim + self.axis else size,
@@ -208,7 +215,7 @@ def level_fields(x: QuantizedArray) -> list[Array]:
 def quantize(path: str, x: Float[Array, "..."], spec: Spec) -> tuple[QuantizedArray, Array]:
     """One leaf quantized, and whether all of it is finite. Inverse, up to rounding: `materialize`."""
     x = jnp.asarray(x)
-    spec = resolved(spec, path, x.shape)
+    spec = fitted(spec, path, x.shape).spec or spec
     scale, zero = scale_of(x, spec)
     return _quantized(x, scale, zero, spec, True), is_finite(scale)
 

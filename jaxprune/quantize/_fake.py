@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxprune import _trees
 from jaxprune._types import Params, Where
+from jaxprune.quantize._misfits import Misfits
 from jaxprune.quantize._scale import (
     clip_range,
     from_levels,
@@ -16,7 +17,7 @@ from jaxprune.quantize._scale import (
     spread,
     to_levels,
 )
-from jaxprune.quantize._spec import Spec, resolved
+from jaxprune.quantize._spec import Spec
 from jaxprune.quantize._tree import Rules, specs_for
 
 _ROUNDING = 1e-6  # of the range: the largest value of a tensor is inside its own range
@@ -28,6 +29,7 @@ def fake_quantize(
     bits: int = 8,
     symmetric: bool = True,
     group_size: int | None = None,
+    otherwise: str = "auto",
     dtype: Any = None,
     granularity: str = "channel",
     scale: Float[Array, "..."] | float | None = None,
@@ -42,7 +44,7 @@ def fake_quantize(
 
     Args:
       x: floating array.
-      bits, symmetric, group_size, dtype, granularity: see `jp.quantize.Spec`.
+      bits, symmetric, group_size, otherwise, dtype, granularity: see `jp.quantize.Spec`.
       scale: step size, broadcastable against `x` (groups counted on the group axis); by default
         from the range of `x`.
       zero_point: the level of 0, used with a given `scale` if not symmetric; default 0.
@@ -52,8 +54,12 @@ def fake_quantize(
       Array like `x`, equal to `jp.quantize_tree(x, …).materialize()`.
 
     Raises:
-      ValueError: an unsupported format, or a group size that does not divide `x`.
+      ValueError: an unsupported format, or a group size that does not divide `x` where
+        `otherwise="error"`.
       TypeError: `x` is not floating.
+
+    Warns:
+      UserWarning: a group size that does not divide `x`, and what was done.
 
     Example:
       >>> x = jnp.array([0.0, 0.3, 0.6, 5.0])
@@ -66,12 +72,20 @@ def fake_quantize(
     Integer-Arithmetic-Only Inference", 2018, https://arxiv.org/abs/1712.05877
     """
     spec = Spec(
-        bits=bits, symmetric=symmetric, group_size=group_size, dtype=dtype, granularity=granularity
+        bits=bits,
+        symmetric=symmetric,
+        group_size=group_size,
+        otherwise=otherwise,
+        dtype=dtype,
+        granularity=granularity,
     )
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise TypeError(f"x: expected floats, got {jnp.result_type(x)}")
     x = jnp.asarray(x)
-    return _fake(x, resolved(spec, "x", x.shape), scale, zero_point, key)
+    misfits = Misfits()
+    known = misfits.fit(spec, "x", x)
+    misfits.tell()
+    return x if known is None else _fake(x, known, scale, zero_point, key)
 
 
 def _fake(x: Array, spec: Spec, scale: Any, zero_point: Any, key: jax.Array | None = None) -> Array:
@@ -101,7 +115,7 @@ def _shaken(x: Array, scale: Array, spec: Spec, key: jax.Array) -> Array:
     if spec.format in ("nf4", "float8_e4m3fn"):
         raise ValueError(f"key: random rounding needs equal steps, and {spec.format} has none")
     working = jnp.promote_types(jnp.float32, x.dtype)
-    moved = x + (jax.random.uniform(key, x.shape, working) - 0.5) * spread(scale, x.shape)
+    moved = x + (jax.random.uniform(key, x.shape, working) - 0.5) * spread(scale, x.shape, spec)
     return jnp.where(x == 0, x, moved)
 
 
@@ -115,6 +129,7 @@ def fake_quantize_tree(
     *,
     symmetric: bool = True,
     group_size: int | None = None,
+    otherwise: str = "auto",
     dtype: Any = None,
     granularity: str = "channel",
     rules: Rules | None = None,
@@ -126,7 +141,7 @@ def fake_quantize_tree(
 
     Args:
       params: any tree of arrays.
-      bits, symmetric, group_size, dtype, granularity: see `jp.quantize.Spec`.
+      bits, symmetric, group_size, otherwise, dtype, granularity: see `jp.quantize.Spec`.
       rules, uses, where: see `jp.quantize_tree`.
       key: a PRNG key for random rounding; each leaf draws from a key of its own.
 
@@ -136,6 +151,9 @@ def fake_quantize_tree(
     Raises:
       ValueError: see `jp.quantize_tree`.
 
+    Warns:
+      UserWarning: see `jp.quantize_tree`.
+
     Example:
       >>> params = {"w": jnp.array([[1.0, 0.4], [-0.6, 0.1]])}
       >>> loss = lambda p: jnp.sum(jp.fake_quantize_tree(p, bits=2)["w"])
@@ -143,10 +161,21 @@ def fake_quantize_tree(
       [[1.0, 1.0], [1.0, 1.0]]
     """
     base = Spec(
-        bits=bits, symmetric=symmetric, group_size=group_size, dtype=dtype, granularity=granularity
+        bits=bits,
+        symmetric=symmetric,
+        group_size=group_size,
+        otherwise=otherwise,
+        dtype=dtype,
+        granularity=granularity,
     )
-    specs = specs_for(params, base, rules, where, uses)
-    _, leaves, treedef = _trees.flatten(params)
+    misfits = Misfits()
+    specs = specs_for(params, base, rules, where, uses, misfits)
+    paths, leaves, treedef = _trees.flatten(params)
+    specs = [
+        None if spec is None else misfits.fit(spec, path, leaf)
+        for path, leaf, spec in zip(paths, leaves, specs, strict=True)
+    ]
+    misfits.tell()
     keys = [None] * len(leaves) if key is None else list(jax.random.split(key, len(leaves)))
     return treedef.unflatten(
         leaf if spec is None else _fake(_trees.dense(leaf), spec, None, None, own)

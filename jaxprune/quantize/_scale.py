@@ -1,7 +1,8 @@
 """Scales and zero points, and rounding with them: array maths, no trees.
 
 With groups, the group axis of extent `n` has `n / group_size` scales; `spread` repeats them.
-What scales mean is read off their shape beside that of the codes, never off the spec.
+What scales mean is read off their shape beside that of the codes; the spec says it only where the last
+group is padded (`Spec.padded_axis`), so that the shapes leave the size of groups open.
 """
 
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from jaxprune.quantize._spec import (
     NF4_BOUNDS,
     NF4_LEVELS,
     Spec,
+    fitted,
+    group_length,
     integer_range,
     reduced_axes,
-    resolved,
 )
 
 Scale = Float[Array, "..."]
@@ -40,7 +42,7 @@ def scale_of(x: Float[Array, "..."], spec: Spec) -> tuple[Scale, Zero | None]:
     shows in its scale.
     """
     x = x.astype(working_dtype(x))
-    spec = resolved(spec, "x", x.shape)
+    spec = fitted(spec, "x", x.shape).spec or spec
     if spec.symmetric:
         top = _reduce(jnp.max, jnp.abs(x), spec)
         return _usable(top / _top_level(spec)), None
@@ -70,16 +72,22 @@ def _reduce(op: Callable[..., Array], x: Float[Array, "..."], spec: Spec) -> Sca
     if spec.group_size is None:
         return op(x, axis=reduced_axes(spec, x.ndim), keepdims=True, initial=0.0)
     axis = (spec.group_axis or -1) % x.ndim
-    groups = x.shape[axis] // spec.group_size
+    groups = -(-x.shape[axis] // spec.group_size)
+    missing = groups * spec.group_size - x.shape[axis]
+    x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
     x = x.reshape(*x.shape[:axis], groups, spec.group_size, *x.shape[axis + 1 :])
     return op(x, axis=axis + 1, initial=0.0)
 
 
-def spread(scale: Zero, shape: tuple[int, ...]) -> Zero:
-    """Scales that broadcast against `shape`: groups repeated over their entries."""
+def spread(scale: Zero, shape: tuple[int, ...], spec: Spec | None = None) -> Zero:
+    """Scales that broadcast against `shape`: groups repeated over their entries.
+
+    `spec` tells of a last group that is padded.
+    """
     for axis, (n, count) in enumerate(zip(shape, scale.shape, strict=True)):
         if count not in (1, n):
-            scale = jnp.repeat(scale, n // count, axis=axis)
+            scale = jnp.repeat(scale, group_length(n, count, spec, axis - len(shape)), axis=axis)
+            scale = jax.lax.slice_in_dim(scale, 0, n, axis=axis)
     return scale
 
 
@@ -109,7 +117,7 @@ def to_levels(
     few scales, into the loop over all entries. `in_range` says that the scale is that of `x` itself,
     so that symmetric integers need no clip.
     """
-    root, rest = (spread(factor, x.shape) for factor in factors)
+    root, rest = (spread(factor, x.shape, spec) for factor in factors)
     ratio = (x.astype(working_dtype(x)) * root) * rest
     if spec.format == "float8_e4m3fn":
         return jnp.clip(ratio, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
@@ -118,7 +126,7 @@ def to_levels(
         steps = [(ratio > bound).astype(jnp.int8) for bound in NF4_BOUNDS]
         return sum(steps[1:], start=steps[0])
     if zero is not None:
-        ratio = ratio + spread(zero, x.shape)
+        ratio = ratio + spread(zero, x.shape, spec)
     if zero is not None or spec.full_range or not in_range:
         ratio = jnp.clip(ratio, *integer_range(spec))
     return _rounded(ratio)
@@ -146,8 +154,8 @@ def from_levels(
     else:
         values = levels.astype(scale.dtype)
     if zero is not None:
-        values = values - spread(zero.astype(scale.dtype), levels.shape)
-    return (values * spread(scale, levels.shape)).astype(dtype)
+        values = values - spread(zero.astype(scale.dtype), levels.shape, spec)
+    return (values * spread(scale, levels.shape, spec)).astype(dtype)
 
 
 def _nf4_values(index: Int8[Array, "..."]) -> Float[Array, "..."]:
@@ -189,8 +197,8 @@ def clip_range(
         least, most = -_top_level(spec), _top_level(spec)
     else:
         least, most = integer_range(spec)
-    offset = 0.0 if zero is None else spread(zero, shape)
-    full = spread(scale, shape)
+    offset = 0.0 if zero is None else spread(zero, shape, spec)
+    full = spread(scale, shape, spec)
     return (least - offset) * full, (most - offset) * full
 
 

@@ -9,7 +9,8 @@ import jax
 from jaxprune import _trees
 from jaxprune._types import Params, PyTree, Where, is_compressed
 from jaxprune.quantize._array import QuantizedArray, quantize, refuse_non_finite
-from jaxprune.quantize._spec import Spec, resolved
+from jaxprune.quantize._misfits import Misfits
+from jaxprune.quantize._spec import Spec
 
 Rules = Sequence[tuple[str, Spec | int | None]]
 
@@ -20,6 +21,7 @@ def quantize_tree(
     *,
     symmetric: bool = True,
     group_size: int | None = None,
+    otherwise: str = "auto",
     dtype: Any = None,
     granularity: str = "channel",
     channel_axis: int | tuple[int, ...] | None = None,
@@ -38,6 +40,8 @@ def quantize_tree(
       bits: 8, 4 or 2. Four- and two-bit codes are packed, on every backend.
       symmetric: no zero point, see `jp.quantize.Spec`.
       group_size: entries per scale along the contracted axis; `None` for one scale per channel.
+      otherwise: what becomes of leaves that groups do not divide: `"pad"`, `"channel"`, `"dense"` or
+        `"error"`; see `jp.quantize.Spec`.
       dtype: `"float8_e4m3fn"`, `"nf4"` or an integer format's name, instead of `bits`.
       granularity: `"channel"` or `"tensor"`.
       channel_axis, group_axis: where scales lie, instead of what `uses` says; see `jp.quantize.Spec`.
@@ -56,11 +60,13 @@ def quantize_tree(
       The tree with `QuantizedArray` leaves.
 
     Raises:
-      ValueError: an unsupported format, a group size that does not divide a leaf, NaN or infinity
-        (unless traced), a pattern that matches nothing, uses of another tree.
+      ValueError: an unsupported format, a group size that does not divide a leaf where
+        `otherwise="error"`, NaN or infinity (unless traced), a pattern that matches nothing, uses of
+        another tree.
 
     Warns:
-      UserWarning: a rule that decided no leaf; leaves of three axes and more, read without `uses`.
+      UserWarning: leaves that groups do not divide, and what became of them; a rule that decided no
+        leaf; leaves of three axes and more, read without `uses`.
 
     Example:
       >>> tree = jp.quantize_tree({"w": jnp.ones((64, 64)), "b": jnp.ones(64)}, bits=4)
@@ -71,25 +77,31 @@ def quantize_tree(
         bits=bits,
         symmetric=symmetric,
         group_size=group_size,
+        otherwise=otherwise,
         dtype=dtype,
         granularity=granularity,
         channel_axis=channel_axis,
         group_axis=group_axis,
     )
-    specs = specs_for(params, base, rules, where, uses)
+    misfits = Misfits()
+    specs = specs_for(params, base, rules, where, uses, misfits)
     paths, leaves, treedef = _trees.flatten(params)
     out, names, flags = list(leaves), [], []
     for i, (path, leaf, spec) in enumerate(zip(paths, leaves, specs, strict=True)):
         if spec is None:
             continue
 
-        def one(x: Any, spec: Spec, path: str = path) -> QuantizedArray:
-            found, finite = quantize(path, x, spec)
+        def one(x: Any, spec: Spec, path: str = path) -> Any:
+            known = misfits.fit(spec, path, x)
+            if known is None:
+                return x
+            found, finite = quantize(path, x, known)
             names.append(path)
             flags.append(finite)
             return found
 
         out[i] = leaf.quantized(one, spec) if has_parts(leaf) else one(_trees.dense(leaf), spec)
+    misfits.tell()
     refuse_non_finite(names, flags)
     return treedef.unflatten(out)
 
@@ -100,11 +112,17 @@ def has_parts(leaf: Any) -> bool:
 
 
 def specs_for(
-    params: Params, base: Spec, rules: Rules | None, where: Where, uses: Any = None
+    params: Params,
+    base: Spec,
+    rules: Rules | None,
+    where: Where,
+    uses: Any,
+    misfits: Misfits,
 ) -> list[Spec | None]:
     """The spec of each leaf with its axes, in flatten order; `None` where it stays dense.
 
-    Of leaves made of others, which are quantized in their stead, as it was given.
+    Of leaves made of others, which are quantized in their stead, as it was given. What groups do not
+    divide is noted in `misfits`, for the caller to tell.
     """
     paths, leaves, _ = _trees.flatten(params)
     specs = _chosen_specs(params, base, rules, where, uses)
@@ -117,7 +135,7 @@ def specs_for(
     return [
         spec
         if spec is None or has_parts(leaf)
-        else resolved(spec, path, tuple(leaf.shape), use, is_read=given)
+        else misfits.fit(spec, path, leaf, use, is_read=given)
         for path, leaf, spec, use in zip(paths, leaves, specs, known, strict=True)
     ]
 

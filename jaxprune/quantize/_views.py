@@ -1,6 +1,7 @@
 """Other shapes of quantized arrays: what becomes of their scales.
 
-Along every axis of an array there is one scale, one per entry, or one per group of entries.
+Along every axis of an array there is one scale, one per entry, or one per group of entries; the last
+group of a `Spec.padded_axis` may be shorter.
 """
 
 from collections.abc import Callable
@@ -12,12 +13,14 @@ import numpy as np
 from jaxtyping import Array
 
 
-def leading_block(x: Array, n: int, start: Any, size: int) -> Array:
-    """What belongs to `size` entries, from `start`, of a leading axis of `n`, at whole groups."""
+def leading_block(x: Array, n: int, start: Any, size: int, length: int | None = None) -> Array:
+    """What belongs to `size` entries, from `start`, of a leading axis of `n`, at whole groups of `length`
+    (by default as many as `x` has).
+    """
     if x.shape[0] == 1 != n:
         return x
-    ratio = n // x.shape[0]
-    return jax.lax.dynamic_slice_in_dim(x, start // ratio, size // ratio)
+    length = n // x.shape[0] if length is None or x.shape[0] == n else length
+    return jax.lax.dynamic_slice_in_dim(x, start // length, -(-size // length))
 
 
 def reshaped_scales(

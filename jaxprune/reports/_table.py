@@ -1,6 +1,5 @@
 """What compression gained, leaf by leaf and in total."""
 
-import re
 import time
 import warnings
 from collections.abc import Callable
@@ -10,45 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console, JustifyMethod
-from rich.table import Table
 
 from jaxprune import _checks, _trees
+from jaxprune._progress import stages
 from jaxprune._timing import in_turns
 from jaxprune._types import Params, PyTree, is_compressed
+from jaxprune.reports._lines import BY, Line, Row, lines_of
+from jaxprune.reports._show import html_of, markdown_of, table_of, text_of
 from jaxprune.reports._size import leaf_nbytes
 from jaxprune.runtime import compressed as run_compressed
 
-_LETTERS = {"bfloat": "bf", "float": "f", "uint": "u", "int": "i"}
-_SHORT = re.compile("|".join(_LETTERS))
 _RUNS = 20
 _BUDGET_SECONDS = 2.0
 _NOISE, _SHORTEST = 1.1, 1e-4  # of a call: less is not told
-
-
-@dataclass(frozen=True)
-class Row:
-    """One leaf of a report.
-
-    Attributes:
-      path: '/'-joined path.
-      shape: dense shape.
-      dtype: dense dtype, by name.
-      sparsity: fraction of entries that are zero or removed, in [0, 1].
-      bits: bits held per entry of the dense shape, scales and the like included.
-      bytes_dense: bytes before.
-      bytes_now: bytes now.
-      shape_now: shape now, smaller where units were removed.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    sparsity: float
-    bits: float
-    bytes_dense: int
-    bytes_now: int
-    shape_now: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -59,11 +32,15 @@ class Report:
       rows: one per leaf.
       seconds_dense: seconds per call before, best of several; `None` where not measured.
       seconds_now: seconds per call now, likewise.
+      by: what a line shows, see `report`.
+      max_rows: how many lines are shown; `None` for all.
     """
 
     rows: tuple[Row, ...]
     seconds_dense: float | None = None
     seconds_now: float | None = None
+    by: str = "auto"
+    max_rows: int | None = 40
 
     @property
     def bytes_dense(self) -> int:
@@ -78,60 +55,50 @@ class Report:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros among all entries."""
-        size = sum(_size(row) for row in self.rows)
-        return sum(row.sparsity * _size(row) for row in self.rows) / size if size else 0.0
+        size = sum(row.size for row in self.rows)
+        return sum(row.sparsity * row.size for row in self.rows) / size if size else 0.0
 
     @property
-    def table(self) -> Table:
+    def table(self) -> Any:
         """The report as a `rich` table."""
-        table = Table(title="Compression report", show_footer=True)
-        size = sum(_size(row) for row in self.rows)
-        columns: list[tuple[str, str, JustifyMethod]] = [
-            ("leaf", "total", "left"),
-            ("shape", f"{size:,}", "left"),
-            ("dtype", "", "left"),
-            ("zeros", f"{self.sparsity:.1%}", "right"),
-            ("bits", f"{8 * self.bytes_now / size:.2f}" if size else "", "right"),
-            ("dense", human_bytes(self.bytes_dense), "right"),
-            ("now", human_bytes(self.bytes_now), "right"),
-            ("ratio", _ratio(self.bytes_dense, self.bytes_now), "right"),
-        ]
-        for header, footer, justify in columns:
-            # sizes and ratios never wrap; a path may
-            table.add_column(
-                header,
-                footer=footer,
-                justify=justify,
-                overflow="fold",
-                no_wrap=header not in ("leaf", "shape"),
-            )
-        for row in self.rows:
-            table.add_row(
-                row.path or "(the array)",
-                _sizes(row),
-                _SHORT.sub(lambda m: _LETTERS[m[0]], row.dtype),
-                f"{row.sparsity:.1%}",
-                f"{row.bits:.2f}",
-                human_bytes(row.bytes_dense),
-                human_bytes(row.bytes_now),
-                _ratio(row.bytes_dense, row.bytes_now),
+        return table_of(self.lines, self._caption)
+
+    @property
+    def lines(self) -> list[Line]:
+        """The lines that are shown: leaves or parts of the network, the largest first, and the total."""
+        return lines_of(self.rows, self.by, self.max_rows)
+
+    @property
+    def markdown(self) -> str:
+        """The report as a Markdown table."""
+        return markdown_of(self.lines, self._caption)
+
+    @property
+    def html(self) -> str:
+        """The report as an HTML table, without styles."""
+        return html_of(self.lines, self._caption)
+
+    @property
+    def _caption(self) -> str:
+        parts = ["bytes are those in memory"]
+        if any(row.sparsity > 0 and row.shape == row.shape_now for row in self.rows):
+            parts[0] += (
+                ", where a zero takes as many as any number; files of jp.export.save(entropy=True) and "
+                "jp.sparsify_tree hold zeros in fewer"
             )
         if self.seconds_dense is not None and self.seconds_now is not None:
-            table.caption = (
+            parts.append(
                 f"latency {human_seconds(self.seconds_dense)} dense, "
                 f"{human_seconds(self.seconds_now)} now "
                 f"({_speed(self.seconds_dense, self.seconds_now)})"
             )
-        return table
+        return "; ".join(parts)
 
-    def __rich__(self) -> Table:
-        return self.table
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield table_of(self.lines, self._caption, console, options)
 
     def __str__(self) -> str:
-        console = Console(width=100, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.table)
-        return capture.get()
+        return text_of(self.lines, self._caption)
 
 
 def report(
@@ -140,6 +107,8 @@ def report(
     compressed: PyTree,
     *args: Any,
     compressed_fn: Callable[..., Any] | None = None,
+    by: str = "auto",
+    max_rows: int | None = 40,
 ) -> Report:
     """Compares parameters with their compressed form.
 
@@ -150,12 +119,16 @@ def report(
       compressed: a tree with the same paths: masked, quantized, or both; or smaller, from `jp.compact`.
       *args: inputs of `fn`. Without any, nothing is timed.
       compressed_fn: what takes `compressed` instead of `fn`, such as the small function of `jp.compact`.
+      by: what a line shows: `"leaf"`; `"layer"`, the leaves of a module together; `"block"`, all up to
+        the first number in a path, such as `encoder/layers_3`; `"auto"`: the finest that needs at most
+        `max_rows` lines.
+      max_rows: lines that are shown, the largest first; what is left is one more line. `None`: all.
 
     Returns:
-      A `Report`; print it, or read its rows.
+      A `Report`; print it, take its `table`, `markdown` or `html`, or read its rows, one per leaf.
 
     Raises:
-      ValueError: trees of different structure or leaves of larger shape.
+      ValueError: trees of different structure or leaves of larger shape; an unknown `by`.
 
     Warns:
       UserWarning: the compressed function was measured slower than the dense one, by more than a tenth.
@@ -166,24 +139,33 @@ def report(
       >>> found.bytes_dense, found.bytes_now
       (16640, 2560)
     """
+    _checks.choice("by", by, BY)
+    if max_rows is not None:
+        _checks.positive_int("max_rows", max_rows)
     compressed = _checks.aligned("compressed", compressed, "params", params)
     paths, dense, treedef = _trees.flatten(params)
     held = treedef.flatten_up_to(compressed)
     now = treedef.flatten_up_to(_trees.resolve_ties(compressed))
-    rows = tuple(_row(*item) for item in zip(paths, dense, now, held, strict=True))
-    if fn is None or not args:
-        return Report(rows)
-    before, after = jax.jit(fn), jax.jit(run_compressed(compressed_fn or fn))
-    found = in_turns(
-        {"before": lambda: before(params, *args), "after": lambda: after(compressed, *args)},
-        rounds=_RUNS,
-        budget=2 * _BUDGET_SECONDS,
-    )
-    best = {name: float(times.min()) for name, times in found.items()}
-    _tell_slower(
-        best["before"], best["after"], is_compacted=any(r.shape != r.shape_now for r in rows)
-    )
-    return Report(rows, best["before"], best["after"])
+    best: dict[str, float] = {}
+    with stages("report") as stage:
+        stage(f"counting zeros of {len(paths)} leaves")
+        rows = _rows(paths, dense, now, held)
+        if fn is not None and args:
+            stage("compiling and timing both functions")
+            before, after = jax.jit(fn), jax.jit(run_compressed(compressed_fn or fn))
+            found = in_turns(
+                {
+                    "before": lambda: before(params, *args),
+                    "after": lambda: after(compressed, *args),
+                },
+                rounds=_RUNS,
+                budget=2 * _BUDGET_SECONDS,
+            )
+            best = {name: float(times.min()) for name, times in found.items()}
+    if best:
+        is_compacted = any(r.shape != r.shape_now for r in rows)
+        _tell_slower(best["before"], best["after"], is_compacted=is_compacted)
+    return Report(rows, best.get("before"), best.get("after"), by, max_rows)
 
 
 def _tell_slower(before: float, after: float, *, is_compacted: bool) -> None:
@@ -203,24 +185,44 @@ def _tell_slower(before: float, after: float, *, is_compacted: bool) -> None:
     )
 
 
-def _row(path: str, before: Any, now: Any, held: Any) -> Row:
-    shape = tuple(np.shape(before))
-    left = tuple(now.shape if is_compressed(now) else np.shape(now))
-    if len(left) != len(shape) or any(a > b for a, b in zip(left, shape, strict=True)):
-        raise ValueError(
-            f"compressed: leaf {path!r} has shape {left}, expected {shape} or a smaller one; compare a "
-            "tree with its own compressed form"
-        )
-    size = int(np.prod(shape))
-    bytes_now = leaf_nbytes(held)
-    values = _trees.dense(now)
-    removed = size - int(np.prod(left))
-    zeros = removed + (int(jnp.sum(values == 0)) if size and hasattr(values, "dtype") else 0)
+def _rows(paths: list[str], dense: list[Any], now: list[Any], held: list[Any]) -> tuple[Row, ...]:
+    for path, before, leaf in zip(paths, dense, now, strict=True):
+        shape, left = tuple(np.shape(before)), _shape(leaf)
+        if len(left) != len(shape) or any(a > b for a, b in zip(left, shape, strict=True)):
+            raise ValueError(
+                f"compressed: leaf {path!r} has shape {left}, expected {shape} or a smaller one; compare "
+                "a tree with its own compressed form"
+            )
+    counts = [_zeros(leaf) if np.size(x) else 0 for x, leaf in zip(dense, now, strict=True)]
+    found = zip(paths, dense, now, held, jax.device_get(counts), strict=True)
+    return tuple(_row(*item) for item in found)
+
+
+def _zeros(leaf: Any) -> Any:
+    """How many entries of a leaf are zero."""
+    if is_compressed(leaf):
+        return _zeros_of_compressed(leaf)
+    return np.count_nonzero(np.asarray(leaf) == 0) if hasattr(leaf, "dtype") else 0
+
+
+@jax.jit
+def _zeros_of_compressed(leaf: Any) -> jax.Array:
+    """Compiled once for all leaves of a kind and shape."""
+    return jnp.sum(leaf.materialize() == 0)
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(leaf.shape if is_compressed(leaf) else np.shape(leaf))
+
+
+def _row(path: str, before: Any, now: Any, held: Any, zeros: Any) -> Row:
+    shape, left = tuple(np.shape(before)), _shape(now)
+    size, bytes_now = int(np.prod(shape)), leaf_nbytes(held)
     return Row(
         path=path,
         shape=shape,
         dtype=str(getattr(before, "dtype", type(before).__name__)),
-        sparsity=zeros / size if size else 0.0,
+        sparsity=(size - int(np.prod(left)) + int(zeros)) / size if size else 0.0,
         bits=8 * bytes_now / size if size else 0.0,
         bytes_dense=leaf_nbytes(before),
         bytes_now=bytes_now,
@@ -254,15 +256,6 @@ def seconds(fn: Callable[..., Any], *args: Any) -> float:
     return best
 
 
-def human_bytes(count: float) -> str:
-    """`1.5 MB`, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
 def human_seconds(value: float) -> str:
     """`1.5 ms`."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
@@ -273,17 +266,3 @@ def human_seconds(value: float) -> str:
 
 def _speed(before: float, now: float) -> str:
     return f"{before / now:.2f}x faster" if now <= before else f"{now / before:.2f}x slower"
-
-
-def _ratio(before: int, now: int) -> str:
-    return f"{before / now:.2f}x" if now else "-"
-
-
-def _size(row: Row) -> int:
-    return int(np.prod(row.shape))
-
-
-def _sizes(row: Row) -> str:
-    """`3×3×32`, and after an arrow the axes that shrank."""
-    pairs = zip(row.shape, row.shape_now, strict=True)
-    return "×".join(str(a) if a == b else f"{a}→{b}" for a, b in pairs) or "scalar"

@@ -106,6 +106,6 @@ def _block_size(decoder: BlockDecoder, n: int, block: int | None) -> int:
     w, groups = decoder.array, decoder.groups
     if block is None or not decoder.is_cut or w.ndim < 2 or w.size <= block or n == 0:
         return max(n, 1)
-    step = n // groups if groups > 1 and n % groups == 0 else 1
+    step = decoder.group_length or (n // groups if groups > 1 and n % groups == 0 else 1)
     count = -(-w.size // block)
     return min(-(-n // count // step) * step if n // count >= step else step, n)

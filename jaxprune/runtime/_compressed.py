@@ -13,6 +13,7 @@ import numpy as np
 from rich.table import Table
 
 from jaxprune import _checks, _trees
+from jaxprune._progress import stages
 from jaxprune._types import is_compressed
 from jaxprune.program import (
     Executor,
@@ -96,7 +97,8 @@ class CompressedFunction:
         self.__wrapped__ = fn
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        out, self.choices = self._run(params, args, kwargs)
+        with stages(f"compressed {self.__name__}") as stage:
+            out, self.choices = self._run(params, args, kwargs, stage)
         self._tell()
         return out
 
@@ -124,7 +126,10 @@ class CompressedFunction:
         jax.eval_shape(call, params, inputs.arrays)
         return Explanation(found[-1])
 
-    def _run(self, params: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Choice, ...]]:
+    def _run(
+        self, params: Any, args: Any, kwargs: Any, stage: Callable[[str], None] = lambda text: None
+    ) -> tuple[Any, tuple[Choice, ...]]:
+        stage("tracing")
         paths, leaves, treedef = _trees.flatten(_trees.resolve_ties(params))
         inputs = inputs_of(args, kwargs)
         shapes = [jax.ShapeDtypeStruct(np.shape(x), _dtype(x)) for x in leaves]
@@ -134,6 +139,7 @@ class CompressedFunction:
         platform = self._platform or _lowered_for.get() or jax.default_backend()
         run = _Run(Settings(self._activations, platform, thresholds_for(platform, self._tuning)))
         held = [hold(leaf, path) for leaf, path in zip(leaves, paths, strict=True)]
+        stage(f"{len(program.operations)} operations on {len(leaves)} leaves")
         outs, _ = run.executor().run(program, [*held, *inputs.arrays])
         return program.out_tree.unflatten(outs), tuple(run.choices)
 

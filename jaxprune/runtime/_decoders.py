@@ -97,6 +97,7 @@ class BlockDecoder(NamedTuple):
       places: the codes of each place in the bytes, and padding.
       in_order: all codes of a block, in order.
       is_cut: whether it is read in blocks; else whole.
+      group_length: entries of a group along the leading axis; `None`: all groups are alike.
     """
 
     array: Any
@@ -106,6 +107,7 @@ class BlockDecoder(NamedTuple):
     places: Callable[[Any], list[Any]]
     in_order: Callable[[Any], Any]
     is_cut: bool = True
+    group_length: int | None = None
 
 
 def dense_decoder(array: Any, groups: int = 1, block: Any = DenseBlock) -> BlockDecoder:

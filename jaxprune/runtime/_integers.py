@@ -14,6 +14,7 @@ from jaxprune.quantize import (
     QuantizedArray,
     largest_values,
     level_fields,
+    spread,
 )
 from jaxprune.runtime._activations import TOP, hi_lo
 from jaxprune.runtime._codebooks import CodebookBlock
@@ -60,7 +61,13 @@ def _decoder(w: QuantizedArray) -> BlockDecoder:
     packing = Packing(per, w.length, width)
 
     def block(q: QuantizedArray, codes: Array, place: int | None) -> IntegerBlock:
-        own = lambda y: y if place is None else packing.own(y, place)
+        def own(y: Array) -> Array:
+            if place is None:
+                return y
+            if y.shape[-1] not in (1, w.length):  # groups along the axis whose places are apart
+                y = spread(y, (*y.shape[:-1], w.length), q.spec)
+            return packing.own(y, place)
+
         zero = None if q.zero_point is None else own(q.zero_point)
         return IntegerBlock(Levels(codes, own(q.scale), zero, q.spec))
 
@@ -71,6 +78,7 @@ def _decoder(w: QuantizedArray) -> BlockDecoder:
         lambda q, start, size: q.leading(start, size),
         lambda q: [block(q, codes, i) for i, codes in enumerate(level_fields(q))],
         lambda q: block(q, q.levels(), None),
+        group_length=w.group_length if w.ndim and w.spec.padded_axis == -w.ndim else None,
     )
 
 
@@ -98,7 +106,7 @@ def _kind(w: QuantizedArray, layout: Layout) -> tuple[Kind, str]:
     if isinstance(factors, str):
         along = w.ndim == 2 and layout.contract == (0,) and is_integer
         rest = all(n in (1, m) for n, m in zip(w.scale.shape[1:], w.shape[1:], strict=True))
-        worth = along and rest and w.shape[0] // w.scale.shape[0] >= _GROUP
+        worth = along and rest and w.group_length >= _GROUP
         return (Kind.GROUPED_INTEGER if worth else Kind.VALUE), factors
     if w.spec.format == "nf4":
         kind = Kind.NF4_LEVEL if factors[0] is None else Kind.VALUE
@@ -131,7 +139,8 @@ def _take_rows(w: QuantizedArray, index: Array) -> Array:
     def take(x: Array) -> Array:
         # a scale for all, for each, or for each group; groups along axis -2 lie there again once a row
         # is a matrix of one row
-        return jnp.take(x, index // (n // x.shape[0]), axis=0)[:, None]
+        length = 1 if x.shape[0] == n else w.group_length
+        return jnp.take(x, index // length, axis=0)[:, None]
 
     zero = None if w.zero_point is None else take(w.zero_point)
     rows = replace(w, values=take(w.values), scale=take(w.scale), zero_point=zero)

@@ -8,6 +8,7 @@ are not finite, the product is one of floats, decided as it runs.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -383,10 +384,12 @@ LOWERINGS: dict[str, Lowering] = {
 """Ways to multiply, by name."""
 
 
+@partial(jax.jit, static_argnums=(0, 3))
 def run(name: str, x: Any, w: Any, layout: Layout, how: How) -> jax.Array:
     """A product by its lowering, `x` and result as the lowerings have them.
 
-    Its derivative is that of the product with the dense array.
+    Its derivative is that of the product with the dense array. Traced, and out of `jit` compiled, once
+    for all leaves of a kind and shape: the branches within would be compiled anew for each.
     """
     lowering = LOWERINGS[name]
     around = barrier if lowering.is_apart else lambda x: x

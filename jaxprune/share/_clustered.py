@@ -191,7 +191,14 @@ class ClusteredArray(CompressedLeaf):
 
     def quantized(self, quantize: Any, spec: Any) -> "ClusteredArray":
         """With a codebook quantized by `quantize(array, spec)`, one scale for all of it."""
-        whole = replace(spec, granularity="tensor", group_size=None, channel_axis=-1)
+        whole = replace(
+            spec,
+            granularity="tensor",
+            group_size=None,
+            group_axis=None,
+            otherwise="auto",
+            channel_axis=-1,
+        )
         return replace(self, codebook=quantize(_trees.dense(self.codebook), whole))
 
 

@@ -6,18 +6,21 @@ from jaxprune.structure._layer_masks import layer_masks
 from jaxprune.structure._layer_scores import layer_scores
 from jaxprune.structure._layers import Layer, layers
 from jaxprune.structure._pattern import Units
+from jaxprune.structure._route_around import RoutedFunction, route_around
 from jaxprune.structure._shrink import shrink
 from jaxprune.structure._units import keep_units, unit_masks, widths
 
 __all__ = [
     "CompactFunction",
     "Layer",
+    "RoutedFunction",
     "Units",
     "activation_scores",
     "keep_units",
     "layer_masks",
     "layer_scores",
     "layers",
+    "route_around",
     "shrink",
     "unit_masks",
     "widths",

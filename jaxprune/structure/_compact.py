@@ -5,16 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _checks, _trees
-from jaxprune._types import Masks, Params, PyTree
+from jaxprune import _checks
+from jaxprune._progress import stages
+from jaxprune._types import Masks, Params
 from jaxprune.graph import Graph, Kept, Reduced, Removal, States, reduced, trace
-from jaxprune.program import Inputs, inputs_of
+from jaxprune.program import inputs_of
 from jaxprune.structure._fold import FOLDS, folded
-from jaxprune.structure._function import CompactFunction, moved, small_state_leaf
+from jaxprune.structure._function import CompactFunction, small_state_leaf
 from jaxprune.structure._shrink import cut, stuck_slices
+from jaxprune.structure._verify import Sides, compared, compared_once
 
 
 def compact(
@@ -50,7 +51,8 @@ def compact(
         average over the example inputs, where places with large sums count less. Both move sums
         exactly, up to the borders of padded convolutions.
       verify: compare both functions on the example inputs and refuse where they differ; the differences
-        are `compact_fn.differences`.
+        are `compact_fn.differences`. Where a call leaves updated parameters or states, these are compared
+        too, and so is a second call that takes them (not with `fold`).
       **kwargs: further example inputs.
 
     Returns:
@@ -77,49 +79,47 @@ def compact(
     masks = _checks.masks_fit(masks, params)
     _checks.choice("fold", fold, (None, *FOLDS))
     _checks.all_dense("params", params, "compact before quantizing, clustering or tying")
-    graph = trace(fn, params, *args, updates=updates, states=states, **kwargs)
-    removal = graph.removal(masks)
-    found = reduced(graph, removal)
-    _check_reached(graph, found, masks)
-    leaves = graph.treedef.flatten_up_to(params)
-    flags = graph.treedef.flatten_up_to(masks)
-    given = inputs_of(args, kwargs)
-    reference = None
-    if fold is not None:
-        leaves, reference = folded(graph, removal, leaves, flags, given.arrays, fold)
-    _tell_stuck(graph, removal, flags)
-    small = [cut(*item) for item in zip(leaves, flags, found.kept, strict=True)]
-    full = graph.treedef.unflatten(
-        jax.ShapeDtypeStruct(shape, leaf.dtype)
-        for shape, leaf in zip(graph.shapes, leaves, strict=True)
-    )
-    own = _state_sizes(graph, found)
-    zero = _zero_states(graph, own)
-    compact_fn = CompactFunction(
-        fn, full, found.kept, removal.fully_masked, updates, graph.states, own, zero
-    )
-    arrays = list(given.arrays)
-    for state in graph.state_leaves:
-        arrays[state.input] = small_state_leaf(
-            state.name, arrays[state.input], *own[state.name], zero
+    with stages("compact") as stage:
+        stage("tracing")
+        graph = trace(fn, params, *args, updates=updates, states=states, **kwargs)
+        removal = graph.removal(masks)
+        found = reduced(graph, removal)
+        _check_reached(graph, found, masks)
+        stage(f"cutting {len(graph.paths)} leaves")
+        leaves = graph.treedef.flatten_up_to(params)
+        flags = graph.treedef.flatten_up_to(masks)
+        given = inputs_of(args, kwargs)
+        reference = None
+        if fold is not None:
+            leaves, reference = folded(graph, removal, leaves, flags, given.arrays, fold)
+        _tell_stuck(graph, removal, flags)
+        small = [cut(*item) for item in zip(leaves, flags, found.kept, strict=True)]
+        full = graph.treedef.unflatten(
+            jax.ShapeDtypeStruct(shape, leaf.dtype)
+            for shape, leaf in zip(graph.shapes, leaves, strict=True)
         )
-    given_small = given._replace(arrays=list(arrays))
-    small_args, small_kwargs = given.rebuild(arrays)
-    compact_fn.remember(small_args, small_kwargs, graph, found)
-    small_params = graph.treedef.unflatten(small)
-    if verify:
-        if reference is None:
-            masked = [_masked(leaf, flag) for leaf, flag in zip(leaves, flags, strict=True)]
-            for state in graph.state_leaves:  # what is removed of states counts as zero
-                shape, left = own[state.name]
-                whole = tuple(np.arange(n) for n in shape)
-                arrays[state.input] = moved(arrays[state.input], left, whole)
-            masked_inputs = given._replace(arrays=arrays)
-            reference = _jitted(fn, masked_inputs)(graph.treedef.unflatten(masked))
-        else:
-            reference = graph.program.out_tree.unflatten(reference)
-        result = _jitted(compact_fn, given_small)(small_params)
-        compact_fn.differences = _differences(graph, found, reference, result)
+        own = _state_sizes(graph, found)
+        zero = _zero_states(graph, own)
+        compact_fn = CompactFunction(
+            fn, full, found.kept, removal.fully_masked, updates, graph.states, own, zero
+        )
+        arrays = list(given.arrays)
+        for state in graph.state_leaves:
+            arrays[state.input] = small_state_leaf(
+                state.name, arrays[state.input], *own[state.name], zero
+            )
+        given_small = given._replace(arrays=list(arrays))
+        small_args, small_kwargs = given.rebuild(arrays)
+        compact_fn.remember(small_args, small_kwargs, graph, found)
+        small_params = graph.treedef.unflatten(small)
+        if verify:
+            stage("compiling and comparing both functions")
+            both = Sides(graph, found, given, given_small, flags, own)
+            if reference is None:
+                compact_fn.differences = compared(both, fn, leaves, compact_fn, small)
+            else:
+                out = graph.program.out_tree.unflatten(reference)
+                compact_fn.differences = compared_once(both, out, compact_fn, small)
     return compact_fn, small_params
 
 
@@ -143,14 +143,6 @@ def _zero_states(graph: Graph, sizes: dict[str, tuple[tuple[int, ...], Kept]]) -
         if any(len(left) < n and flags.any() for n, left, flags in axes):
             found.add(state.name)
     return frozenset(found)
-
-
-def _jitted(fn: Callable[..., Any], inputs: Inputs) -> Callable[[Params], Any]:
-    def call(params: Params, arrays: list[Any]) -> Any:
-        args, kwargs = inputs.rebuild(arrays)
-        return fn(params, *args, **kwargs)
-
-    return lambda params: jax.jit(call)(params, inputs.arrays)
 
 
 def _tell_stuck(graph: Graph, removal: Removal, masks: list[Any]) -> None:
@@ -177,46 +169,3 @@ def _check_reached(graph: Graph, found: Reduced, masks: Masks) -> None:
         f"{', '.join(masked[:4])}{', …' if len(masked) > 4 else ''}; keep at least one unit of each "
         "layer that has no other path around it"
     )
-
-
-def _masked(leaf: Any, flag: Any) -> Any:
-    return leaf if np.asarray(flag).all() else jnp.where(flag, leaf, jnp.zeros((), leaf.dtype))
-
-
-def _differences(
-    graph: Graph, cut_to: Reduced, reference: PyTree, result: PyTree
-) -> dict[str, float]:
-    """Per output the largest difference; updated parameters and states where something is left of them.
-
-    Raises:
-      ValueError: a difference beyond rounding.
-    """
-    found = {}
-    tolerance = 1e-3 if _precise(graph) else 0.1
-    paths, expected, _ = _trees.flatten(reference)
-    for position, (path, a, b) in enumerate(
-        zip(paths, expected, jax.tree.leaves(result), strict=True)
-    ):
-        twin = graph.updated.get(position)
-        number = graph.program.outputs[position]
-        if jnp.issubdtype(a.dtype, jax.dtypes.extended):  # keys of random numbers
-            continue
-        a, b = (np.asarray(x, np.float32) for x in (a, b))
-        a = a[np.ix_(*(cut_to.plan.kept[number] if twin is None else cut_to.kept[twin]))]
-        difference = float(np.max(np.abs(a - b), initial=0.0))
-        found[path or "output"] = difference
-        allowed = tolerance * max(float(np.max(np.abs(a), initial=0.0)), 1e-3)
-        if not difference <= allowed:
-            raise ValueError(
-                f"verify: output {path!r} of the compact function differs by {difference:.3g} from the "
-                f"masked one, more than {allowed:.3g}; please report this with the function"
-            )
-    return found
-
-
-def _precise(graph: Graph) -> bool:
-    """No value of the function has fewer than 32 bits to round to."""
-    dtypes = {
-        aval.dtype for aval in graph.program.avals if jnp.issubdtype(aval.dtype, jnp.floating)
-    }
-    return all(jnp.finfo(dtype).bits >= 32 for dtype in dtypes)

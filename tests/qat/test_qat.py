@@ -150,7 +150,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="no step to learn"):
         jp.qat.prepare(params, dtype="nf4")
     with pytest.raises(ValueError, match="group_size.*'a'"):
-        jp.qat.prepare(params, group_size=7)
+        jp.qat.prepare(params, group_size=7, otherwise="error")
     with pytest.raises(ValueError, match="masks"):
         jp.qat.prepare(params, masks={"a": jnp.array(True)})
     with pytest.raises(ValueError, match="method"):

@@ -243,7 +243,11 @@ def test_bad_input(params):
     with pytest.raises(ValueError, match="dtype"):
         jp.quantize_tree(params, dtype="int3")
     with pytest.raises(ValueError, match=r"'conv/kernel'.*use 2"):
-        jp.quantize_tree(params, group_size=3)
+        jp.quantize_tree(params, group_size=3, otherwise="error")
+    with pytest.raises(ValueError, match="otherwise: needs group_size"):
+        jp.quantize_tree(params, otherwise="pad")
+    with pytest.raises(ValueError, match="otherwise: expected one of"):
+        jp.quantize_tree(params, group_size=3, otherwise="cut")
     with pytest.raises(ValueError, match="zero point"):
         jp.quantize_tree(params, dtype="nf4", symmetric=False)
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
@@ -255,7 +259,7 @@ def test_bad_input(params):
     with pytest.raises(TypeError, match="rules"):
         jp.quantize_tree(params, rules=["dense/.*"])
     with pytest.raises(ValueError, match="group_size"):
-        jax.jit(lambda p: jp.quantize_tree(p, group_size=3))(params)
+        jax.jit(lambda p: jp.quantize_tree(p, group_size=3, otherwise="error"))(params)
 
 
 def test_channel_axis_and_full_range():

@@ -115,3 +115,91 @@ def test_smaller_and_slower_is_told(monkeypatch):
         for dense, now in ((1e-2, 1e-2), (1e-2, 1.05e-2), (1e-5, 3e-5)):  # equal, noise, too short
             clock(dense, now)
             jp.report(fn, params, small, x, compressed_fn=small_fn)
+
+
+def many(layers=30):
+    block = lambda: {
+        "attention": {"kernel": jnp.ones((8, 8)), "bias": jnp.zeros(8)},
+        "a_module_with_a_name_that_is_longer_than_most": {"kernel": jnp.ones((8, 16))},
+    }
+    return {"encoder": {f"layers_{i}": block() for i in range(layers)}, "head": jnp.ones((8, 32))}
+
+
+def test_many_leaves_are_grouped_and_the_largest_come_first():
+    params = many()
+    tree = jp.quantize_tree(params, bits=8)
+    found = jp.report(None, params, tree)
+    assert len(found.rows) == 91
+    names = [line.name for line in found.lines]
+    assert names[:2] == ["head", "encoder/layers_0"]  # by block: 31 lines fit, 61 layers would not
+    assert names[-1] == "total"
+    assert len(names) == 32
+    by_layer = jp.report(None, params, tree, by="layer", max_rows=5)
+    names = [line.name for line in by_layer.lines]
+    assert names[0] == "head"  # the largest
+    assert names[5:] == ["56 smaller ones", "total"]
+    leaves = jp.report(None, params, tree, by="leaf", max_rows=None)
+    assert len(leaves.lines) == 92
+    sizes = [int(np.prod([int(n) for n in x.shape.split("×")])) for x in leaves.lines[:-1]]
+    assert sizes == sorted(sizes, reverse=True)
+    totals = {report.lines[-1] for report in (found, by_layer, leaves)}
+    assert len(totals) == 1
+    for report in (found, by_layer, leaves):
+        assert report.bytes_now == jp.nbytes(tree)
+    with pytest.raises(ValueError, match="by: expected one of"):
+        jp.report(None, params, tree, by="module")
+    with pytest.raises(ValueError, match="max_rows"):
+        jp.report(None, params, tree, max_rows=0)
+
+
+@pytest.mark.parametrize("width", [200, 100, 80])
+def test_no_word_is_broken(width):
+    params = many(2)
+    report = jp.report(None, params, jp.quantize_tree(params), by="leaf")
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(report)
+    text = capture.get()
+    for word in ("encoder", "layers_0", "attention", "kernel", "8×16", "total", "bias"):
+        assert word in text
+    for word in ("module_", "longer_", "most"):  # of a name that has no room
+        assert word in text
+        assert word in str(report)
+    assert ("a_module_with_a_name_that_is_longer_than_most" in text) == (width == 200)
+    assert all(len(line) <= width for line in text.splitlines())
+
+
+def test_markdown_and_html():
+    params = {"a|b": {"w": jnp.zeros((4, 4)), "<x>": jnp.ones((64, 64))}}
+    report = jp.report(None, params, jp.quantize_tree(params, where=".*x.*"))
+    lines = report.markdown.splitlines()
+    assert lines[0].startswith("| leaf | shape |")
+    assert lines[2].startswith("| a\\|b/<x> | 64×64 | f32 |")
+    assert lines[4].startswith("| **total** |")
+    columns = [line.replace("\\|", "").count("|") for line in lines[:5]]
+    assert set(columns) == {9}
+    assert "in memory" in lines[-1]
+    page = report.html
+    assert "<td>a|b/<wbr>&lt;x&gt;</td>" in page
+    from xml.etree import ElementTree
+
+    table = ElementTree.fromstring(page.replace("<wbr>", ""))
+    assert [len(row) for row in table.iter("tr")] == [8] * 4
+
+
+def test_memory_and_disk_are_told_apart():
+    params = {"w": jnp.ones((16, 16))}
+    pruned, _ = jp.prune_tree(params, 0.5)
+    assert "files of" in " ".join(str(jp.report(None, params, pruned)).split())
+    assert "files of" not in str(jp.report(None, params, params))
+
+
+def test_zeros_are_counted_once_for_each_shape():
+    from jaxprune.reports import _table
+
+    params = {f"l{i}": jnp.ones((8, 8)) for i in range(20)}
+    tree = jp.quantize_tree(params, bits=4)
+    before = _table._zeros_of_compressed._cache_size()
+    found = jp.report(None, params, tree)
+    assert _table._zeros_of_compressed._cache_size() <= before + 1
+    assert all(row.sparsity == 0 for row in found.rows)

@@ -240,6 +240,7 @@ def test_any_layout(layout, kind, monkeypatch):
         if block:
             small = lambda *args, block=block, **kw: whole(*args, **{"block": block, **kw})
             monkeypatch.setattr(_lowerings, "blocked_product", small)
+            _lowerings.run.clear_cache()
         sizes = dict(zip(right, shape, strict=True)) | {"r": rows}
         x = normal(*(sizes[c] for c in left), seed=1)
         run = jp.compressed(fn)
@@ -363,3 +364,24 @@ def test_bad_tuning():
             jp.compressed(lambda p: p, tuning=tuning)
     with pytest.raises(ValueError, match="platform"):
         jp.compressed(lambda p: p, platform="abacus")
+
+
+def test_alike_leaves_are_traced_once():
+    """Out of `jit`, what a product branches into would be compiled anew for each leaf and call."""
+    from jaxprune.runtime import _lowerings
+
+    params = {f"l{i}": normal(24, 24, seed=i) / 5 for i in range(6)}
+    tree, x = jp.quantize_tree(params, bits=8), normal(9, 24, seed=1)
+
+    def fn(p, x):
+        for i in range(6):
+            x = jnp.tanh(x @ p[f"l{i}"])
+        return x
+
+    run, before = jp.compressed(fn), _lowerings.run._cache_size()
+    y = run(tree, x)
+    assert len({choice.lowering for choice in run.choices} - {"dense"}) == 1
+    assert _lowerings.run._cache_size() - before <= 1
+    run(tree, x)
+    assert _lowerings.run._cache_size() - before <= 1
+    assert error(fn(jp.dequantize_tree(tree), x), y) < 2e-3

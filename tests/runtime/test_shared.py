@@ -62,6 +62,7 @@ def test_products_of_clusters(layout, kind, monkeypatch):
         if block:
             small = lambda *args, block=block, **kw: whole(*args, **{"block": block, **kw})
             monkeypatch.setattr(_lowerings, "blocked_product", small)
+            _lowerings.run.clear_cache()
         sizes = dict(zip(right, shape, strict=True)) | {"r": rows}
         x = normal(*(sizes[c] for c in left), seed=1)
         run = jp.compressed(fn)
