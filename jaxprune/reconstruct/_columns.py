@@ -6,13 +6,14 @@ that most of the work is matrix products: within a block the rows are made when 
 errors of the rows before them, and the rows behind the block change once.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+@runtime_checkable
 class Rounding(Protocol):
     """What rows become; its methods are traced."""
 

@@ -19,7 +19,7 @@ def damped(
 
 
 def inverse_factor(gram: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Upper triangular `u` with `gram⁻¹ = uᵀ u`, from one Cholesky factorisation and one triangular solve.
+    """Upper triangular `u` with `gram⁻¹ = uᵀ u`, by one Cholesky factorisation and one solve.
 
     With `j` the reversal of rows and columns, `j gram j = l lᵀ` makes `gram = r rᵀ` for the upper
     triangular `r = j l j`, and `u = r⁻¹`. The inverse itself, whose condition is the square of the

@@ -21,7 +21,14 @@ from jaxprune.quantize import (
     specs_for,
 )
 from jaxprune.reconstruct._matrices import Layout, chosen_leaves, grams, layout_of, tell_unseen
-from jaxprune.reconstruct._rounding import Grid, of_rows, per_entry, round_matrix, scales_before
+from jaxprune.reconstruct._rounding import (
+    Grid,
+    known_grid,
+    of_rows,
+    per_entry,
+    round_matrix,
+    scales_before,
+)
 from jaxprune.reconstruct._solve import (
     block_size,
     check_options,
@@ -36,7 +43,7 @@ SCALES = ("absmax", "mse")
 def gptq(
     params: Params,
     stats: PyTree,
-    bits: int = 4,
+    bits: int | None = None,
     *,
     group_size: int | None = 128,
     symmetric: bool = True,
@@ -58,7 +65,8 @@ def gptq(
     Args:
       params: any tree of arrays.
       stats: of `jp.calibrate(fn, params, batches, second_moment=True)`.
-      bits, group_size, symmetric, dtype, rules: as in `jp.quantize_tree`. Leaves that a rule names and
+      bits: 8, 4 or 2; 4 where neither it nor `dtype` is given.
+      group_size, symmetric, dtype, rules: as in `jp.quantize_tree`. Leaves that a rule names and
         nothing was seen to multiply (embeddings) are rounded to nearest.
       damping: what is added to the diagonal of `H`, as a fraction of its mean. Above 0 where fewer rows
         than features were seen.
@@ -95,6 +103,7 @@ def gptq(
     """
     check_options(damping, order)
     _checks.choice("scale", scale, SCALES)
+    bits = (8 if dtype is not None else 4) if bits is None else bits
     base = Spec(bits=bits, symmetric=symmetric, group_size=group_size, dtype=dtype)
     paths, leaves, treedef, found, hits = chosen_leaves(params, stats, where, "gptq")
     named = [path for path, hit in zip(paths, hits, strict=True) if hit]
@@ -126,11 +135,12 @@ def _rounded(
     group = spec.group_size or 0
     follows = group > 0 and order == "given" and _runs_along(layout, spec)
     wide = x.astype(jnp.float32)
-    known = None if follows else scales_before(wide, gram, layout, spec, search)
+    known = (
+        None if follows else scales_before(wide, gram, layout, spec, damping if search else None)
+    )
     matrices = layout.split(wide)
     full = None if known is None else per_entry(known, layout)
-    block = block_size(layout.features, group if follows else 0, 1)
-    step = max(s for s in (8, 4, 2, 1) if block % s == 0)
+    block = block_size(layout.features, group if follows else 0)
     size = -(-layout.features // block) * block
 
     def one(w: Array, u: Array, ranks: Array, number: int) -> tuple[Array, Any]:
@@ -140,8 +150,7 @@ def _rounded(
             own = jnp.minimum(jnp.arange(size) // group, n // group - 1)
             grid = Grid(zeros + 1.0, None if spec.symmetric else zeros, own)
         else:
-            scale, zero = (None if y is None else y[number][ranks] for y in full)
-            grid = Grid(scale, zero, jnp.minimum(jnp.arange(size), n - 1))
+            grid = known_grid(full, number, ranks, size)
         w, grid = round_matrix(
             padded(w[ranks], size),
             padded_factor(u, size),
@@ -150,7 +159,6 @@ def _rounded(
             size=group if follows else 0,
             search=search,
             block=block,
-            step=step,
         )
         return w[:n][jnp.argsort(ranks)], (grid if follows else None)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxprune import _trees
 from jaxprune._types import PyTree, Where
@@ -59,8 +59,8 @@ class Layout:
         return jnp.moveaxis(x, 2, 1).reshape(self.matrices, self.features, self.outputs)
 
     def join(
-        self, x: Float[Array, "matrices rows outputs"], sizes: tuple[int, ...] | None = None
-    ) -> Float[Array, "..."]:
+        self, x: Shaped[Array, "matrices rows outputs"], sizes: tuple[int, ...] | None = None
+    ) -> Shaped[Array, "..."]:
         """Matrices in the leaf's layout; `sizes` of the summed axes, where they have others (scales)."""
         own = tuple(self.shape[i] for i in self.summed) if sizes is None else sizes
         rows, outer = int(np.prod(own)), [self.shape[i] for i in self.outer]
@@ -90,9 +90,7 @@ def layout_of(path: str, shape: tuple[int, ...], stat: Stats) -> Layout:
     return found
 
 
-def grams(
-    path: str, stat: Stats, layout: Layout
-) -> Float[Array, "matrices features features"]:
+def grams(path: str, stat: Stats, layout: Layout) -> Float[Array, "matrices features features"]:
     """The second moments of what multiplies a leaf, one per matrix.
 
     Raises:

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def smallest(
-    scores: Float[Array, "..."], count: Int[Array, ""]
-) -> Bool[Array, "..."]:
+def smallest(scores: Float[Array, "..."], count: Int[Array, ""]) -> Bool[Array, "..."]:
     """True for the `count` smallest of scores >= 0, ties to the earliest.
 
     Nonnegative floats are ordered as their bits are, so the threshold is found by halving a range of

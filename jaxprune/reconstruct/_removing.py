@@ -73,13 +73,12 @@ class Removing:
         if not (self.choice.m and self.choice.along):
             return carried
         keep = _keep_of_m(self._costs(rows, start), self.choice)
-        return carried._replace(
-            mask=jax.lax.dynamic_update_slice(carried.mask, keep, (start, 0))
-        )
+        return carried._replace(mask=jax.lax.dynamic_update_slice(carried.mask, keep, (start, 0)))
 
     def row(self, x: Array, index: Int[Array, ""], carried: Kept) -> Array:
         """What is kept, on its grid if there is one."""
-        kept = x if carried.grid is None else on_grid(x, carried.grid, index, self.spec)
+        grid, spec = carried.grid, self.spec
+        kept = x if grid is None or spec is None else on_grid(x, grid, index, spec)
         return jnp.where(carried.mask[index], kept, 0.0)
 
     def _costs(self, rows: Array, start: Int[Array, ""]) -> Array:

@@ -98,7 +98,7 @@ class Nearest:
         return on_grid(x, carried, index, self.spec)
 
 
-@partial(jax.jit, static_argnames=("spec", "size", "search", "block", "step"))
+@partial(jax.jit, static_argnames=("spec", "size", "search", "block"))
 def round_matrix(
     w: Float[Array, "features outputs"],
     u: Float[Array, "features features"],
@@ -108,34 +108,43 @@ def round_matrix(
     size: int,
     search: bool,
     block: int,
-    step: int,
 ) -> tuple[Float[Array, "features outputs"], Grid]:
     """A matrix on the grid, with the least error of its outputs that one pass finds (GPTQ)."""
     weights = 1.0 / jnp.square(jnp.diagonal(u))
     rounding = Nearest(spec, GroupScales(spec, size, search), weights)
-    return sweep(w, u, rounding, grid, block=block, step=step)
+    return sweep(w, u, rounding, grid, block=block)
 
 
 def scales_before(
-    x: Array, gram: Array, layout: Layout, spec: Spec, search: bool
+    x: Array, gram: Array, layout: Layout, spec: Spec, damping: float | None
 ) -> tuple[Array, Array | None]:
-    """Scales in the leaf's layout, of the weights as they are."""
-    if not search:
+    """Scales in the leaf's layout, of the weights as they are: of least squared error, with `damping`.
+
+    What is damped weighs a little where it never acted, so that it is not clipped at will.
+    """
+    if damping is None:
         return scale_of(x, spec)
     each = jnp.diagonal(gram, axis1=-2, axis2=-1)[..., None]
-    each = jnp.maximum(each, 1e-6 * jnp.mean(each, (-2, -1), keepdims=True))
+    each = each + max(damping, 1e-3) * jnp.mean(each, (-2, -1), keepdims=True)
     each = jnp.where(jnp.any(each > 0, (-2, -1), keepdims=True), each, 1.0)
     weights = layout.join(jnp.broadcast_to(each, (*each.shape[:-1], layout.outputs)))
     return least_squares_scale(x, spec, weights)
 
 
-def per_entry(
-    known: tuple[Array, Array | None], layout: Layout
-) -> tuple[Array, Array | None]:
+def per_entry(known: tuple[Array, Array | None], layout: Layout) -> tuple[Array, Array | None]:
     """Scales and zero points of every entry, as matrices."""
     full = lambda y: layout.split(jnp.broadcast_to(spread(y, layout.shape), layout.shape))
     scale, zero = known
     return full(scale), None if zero is None else full(zero)
+
+
+def known_grid(
+    full: tuple[Array, Array | None], number: int, ranks: Int[Array, "features"], size: int
+) -> Grid:
+    """The grid of one matrix, of scales per entry, its features in another order and filled to `size`."""
+    scale, zero = full
+    rows = jnp.minimum(jnp.arange(size), ranks.size - 1)
+    return Grid(scale[number][ranks], None if zero is None else zero[number][ranks], rows)
 
 
 def of_rows(spec: Spec) -> Spec:

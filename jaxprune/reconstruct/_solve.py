@@ -12,15 +12,16 @@ from jaxprune import _checks
 from jaxprune.reconstruct._factor import damped, inverse_factor, is_usable
 
 ORDERS = ("given", "activation")
-_LANES = 64  # features per block where nothing asks for another number
+_LANES = 128  # features per block where nothing asks for another number
+_LEAST = 16  # fewer make more steps than they save
 
 
-def block_size(features: int, group: int, step: int) -> int:
-    """Features per block: whole groups, or a whole part of one; a multiple of `step`."""
+def block_size(features: int, group: int) -> int:
+    """Features per block: whole groups, or a whole part of one."""
     if not group:
-        return max(step, min(_LANES, -(-features // step) * step) // step * step)
-    parts = [d for d in range(1, group + 1) if group % d == 0 and d % step == 0 and d <= 2 * _LANES]
-    return max(parts, default=group)
+        return min(_LANES, features)
+    whole = max(d for d in range(1, min(group, _LANES) + 1) if group % d == 0)
+    return whole if whole >= _LEAST else group
 
 
 def order_of(gram: Float[Array, "features features"], order: str) -> Int[Array, "features"]:
