@@ -54,7 +54,7 @@ from jaxprune.structure import compact
 if TYPE_CHECKING:
     from jaxprune import budgets, distill, export, gates, linen, nnx, optim, qat, reconstruct
     from jaxprune.optim import masked_update
-    from jaxprune.reconstruct import gptq, sparsegpt
+    from jaxprune.reconstruct import awq, gptq, sparsegpt
 
 __version__ = "0.1.0"
 
@@ -66,6 +66,7 @@ __all__ = [
     "SparseArray",
     "Uses",
     "apply_masks",
+    "awq",
     "budgets",
     "calibrate",
     "calibration",
@@ -121,7 +122,12 @@ _WHEN_USED = (
     "reconstruct",
 )  # imports stay quick
 
-_HOMES = {"gptq": "reconstruct", "masked_update": "optim", "sparsegpt": "reconstruct"}
+_HOMES = {
+    "awq": "reconstruct",
+    "gptq": "reconstruct",
+    "masked_update": "optim",
+    "sparsegpt": "reconstruct",
+}
 
 
 def __getattr__(name: str) -> Any:

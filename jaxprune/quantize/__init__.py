@@ -11,6 +11,7 @@ from jaxprune.quantize._array import (
 )
 from jaxprune.quantize._errors import Error, errors, errors_table
 from jaxprune.quantize._fake import fake_quantize, fake_quantize_tree
+from jaxprune.quantize._input_scaled import InputScaledArray
 from jaxprune.quantize._inputs import (
     ActivationQuantized,
     DynamicInput,
@@ -30,6 +31,7 @@ __all__ = [
     "DynamicInput",
     "Error",
     "InputScale",
+    "InputScaledArray",
     "QuantizedArray",
     "Spec",
     "errors",

@@ -167,8 +167,9 @@ def _choice(pattern: NM | Block | None, layout: Layout) -> Choice:
     if any(n > 1 for n in extents.values()) or not whole:
         raise ValueError(
             f"pattern: {pattern} does not fit leaf {layout.path!r} of shape {layout.shape}, whose "
-            f"products sum over axes {layout.summed}; extents divide the innermost summed axis and the innermost "
-            "other one, and are 1 along the rest; or leave the leaf out with where="
+            f"products sum over axes {layout.summed}; extents divide the innermost "
+            "summed axis and the innermost other one, and are 1 along the rest; or leave the leaf out "
+            "with where="
         )
     return Choice(unit=unit)
 
