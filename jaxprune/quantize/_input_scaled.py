@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -69,6 +70,13 @@ class InputScaledArray(CompressedLeaf):
         if factor.shape[0] != 1 or self.shape[0] == 1:
             factor = jax.lax.dynamic_slice_in_dim(factor, start, size)
         return InputScaledArray(self.array.block(start, size), factor)
+
+    def stacked(self) -> "InputScaledArray":
+        """With factors for each entry of the leading axis, as loops over it need."""
+        n = self.shape[0]
+        if self.factor.shape[0] == n:
+            return self
+        return replace(self, factor=jnp.broadcast_to(self.factor, (n, *self.factor.shape[1:])))
 
     def check(self) -> None:
         """See `CompressedLeaf`."""
