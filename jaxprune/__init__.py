@@ -52,8 +52,9 @@ from jaxprune.sparse import SparseArray, sparsify_tree
 from jaxprune.structure import compact
 
 if TYPE_CHECKING:
-    from jaxprune import budgets, distill, export, gates, linen, nnx, optim, qat
+    from jaxprune import budgets, distill, export, gates, linen, nnx, optim, qat, reconstruct
     from jaxprune.optim import masked_update
+    from jaxprune.reconstruct import awq, gptq, sparsegpt
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ __all__ = [
     "SparseArray",
     "Uses",
     "apply_masks",
+    "awq",
     "budgets",
     "calibrate",
     "calibration",
@@ -78,6 +80,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_tree",
     "gates",
+    "gptq",
     "linen",
     "masked_update",
     "masks",
@@ -91,11 +94,13 @@ __all__ = [
     "quantize",
     "quantize_activations",
     "quantize_tree",
+    "reconstruct",
     "report",
     "schedules",
     "scores",
     "share",
     "sparse",
+    "sparsegpt",
     "sparsify_tree",
     "sparsity",
     "structure",
@@ -114,12 +119,20 @@ _WHEN_USED = (
     "nnx",
     "optim",
     "qat",
+    "reconstruct",
 )  # imports stay quick
+
+_HOMES = {
+    "awq": "reconstruct",
+    "gptq": "reconstruct",
+    "masked_update": "optim",
+    "sparsegpt": "reconstruct",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "masked_update":
-        return importlib.import_module("jaxprune.optim").masked_update
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"jaxprune.{_HOMES[name]}"), name)
     if name in _WHEN_USED:
         return importlib.import_module(f"jaxprune.{name}")
     raise AttributeError(f"module 'jaxprune' has no attribute {name!r}")

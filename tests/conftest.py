@@ -28,6 +28,7 @@ install_import_hook(
         "jaxprune.masks._select",
         "jaxprune.optim._clustered",
         "jaxprune.quantize._scale",
+        "jaxprune.reconstruct",
         "jaxprune.scores._weights",
         "jaxprune.share._vectors",
         "jaxprune.sparse._tiles",

@@ -33,6 +33,7 @@ LAYERS = {
     "linen": 4,
     "nnx": 4,
     "qat": 4,
+    "reconstruct": 4,
     "reports": 4,
     "export": 5,
     "cli": 6,

@@ -47,6 +47,12 @@ def pruned(w):
     return jp.sparsify_tree(jp.prune_tree({"w": w}, 0.5, pattern=jp.masks.NM(2, 4))[0])
 
 
+def aware(w):
+    x = jax.random.normal(jax.random.key(5), (32, w.shape[-2])).at[:, 1].mul(30)
+    stats = jp.calibrate(lambda p, x: x @ p["w"], {"w": w}, [x])
+    return jp.awq({"w": w}, stats, 4, group_size=None)
+
+
 def tied_layers(w):
     return jp.tie_tree({"w": jnp.concatenate([w[:4]] * 2)}, threshold=0.9, layers="w")
 
@@ -56,6 +62,7 @@ KINDS = {
     "int4 in groups": lambda w: jp.quantize_tree({"w": w}, bits=4, group_size=4),
     "int2 asymmetric": lambda w: jp.quantize_tree({"w": w}, bits=2, symmetric=False),
     "nf4": lambda w: jp.quantize_tree({"w": w}, dtype="nf4"),
+    "factors of inputs": aware,
     "float8": lambda w: jp.quantize_tree({"w": w}, dtype="float8_e4m3fn"),
     "clusters": lambda w: jp.cluster_tree({"w": w}, bits=3),
     "vectors": lambda w: jp.cluster_tree({"w": w}, bits=3, vector_size=2),

@@ -1,7 +1,7 @@
 """What reaches each weight of a function, and how to quantize it."""
 
 from jaxprune.calibration._activations import quantize_activations, scale_of_range
-from jaxprune.calibration._calibrate import calibrate, ranges_seen
+from jaxprune.calibration._calibrate import calibrate, ranges_seen, stats_leaves
 from jaxprune.calibration._correct import correct_biases
 from jaxprune.calibration._equalize import equalize
 from jaxprune.calibration._fold import fold_batch_norm

@@ -44,10 +44,10 @@ def scale_of(x: Float[Array, "..."], spec: Spec) -> tuple[Scale, Zero | None]:
     x = x.astype(working_dtype(x))
     spec = fitted(spec, "x", x.shape).spec or spec
     if spec.symmetric:
-        top = _reduce(jnp.max, jnp.abs(x), spec)
+        top = reduce_by(jnp.max, jnp.abs(x), spec)
         return _usable(top / _top_level(spec)), None
-    low = jnp.minimum(_reduce(jnp.min, x, spec), 0.0)
-    high = jnp.maximum(_reduce(jnp.max, x, spec), 0.0)
+    low = jnp.minimum(reduce_by(jnp.min, x, spec), 0.0)
+    high = jnp.maximum(reduce_by(jnp.max, x, spec), 0.0)
     least, most = integer_range(spec)
     # high - low might overflow; halving is exact, so a fused multiply-subtract changes no bit
     scale = _usable((0.5 * high - 0.5 * low) / (0.5 * (most - least)))
@@ -68,7 +68,8 @@ def _usable(scale: Scale) -> Scale:
     return jnp.where(scale == 0, 1.0, jnp.where(scale < tiny, tiny, scale))
 
 
-def _reduce(op: Callable[..., Array], x: Float[Array, "..."], spec: Spec) -> Scale:
+def reduce_by(op: Callable[..., Array], x: Float[Array, "..."], spec: Spec) -> Scale:
+    """A reduction over the entries of each scale, in the shape of the scales."""
     if spec.group_size is None:
         return op(x, axis=reduced_axes(spec, x.ndim), keepdims=True, initial=0.0)
     axis = (spec.group_axis or -1) % x.ndim

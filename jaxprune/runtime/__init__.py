@@ -1,6 +1,12 @@
 """Running a function on compressed leaves, without making them dense first."""
 
-from jaxprune.runtime import _codebooks, _factors, _integers, _pruned  # register their leaves
+from jaxprune.runtime import (  # register their leaves
+    _codebooks,
+    _factors,
+    _input_scaled,
+    _integers,
+    _pruned,
+)
 from jaxprune.runtime._choose import Choice
 from jaxprune.runtime._compressed import CompressedFunction, Explanation, compressed, lowered_for
 from jaxprune.runtime._decoders import dense_decoder

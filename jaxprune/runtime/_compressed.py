@@ -223,7 +223,7 @@ class _Run:
         if rule.product is not None:
             y = rule.product(rows, held.array, layout, self._factor(how))
         if y is not None:
-            self._note(operation, held, shapes, "factors", "one after the other, through the rank")
+            self._note(operation, held, shapes, "factors", "its factors one after the other")
         elif rule.decoder is None:
             if how is None:
                 return HookResult(reason=f"no product of its own for {type(held.array).__name__}")
