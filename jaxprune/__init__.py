@@ -21,8 +21,8 @@ from jaxprune import (
     structure,
 )
 from jaxprune._uses import Uses
-from jaxprune.calibration import calibrate, quantize_activations
-from jaxprune.graph import Graph, trace
+from jaxprune.calibration import Stats, calibrate, quantize_activations
+from jaxprune.graph import Cost, Graph, Group, Summary, trace
 from jaxprune.masks import (
     apply_masks,
     pack_masks,
@@ -49,7 +49,7 @@ from jaxprune.share import (
     tie_tree,
 )
 from jaxprune.sparse import SparseArray, sparsify_tree
-from jaxprune.structure import compact
+from jaxprune.structure import CompactFunction, compact
 
 if TYPE_CHECKING:
     from jaxprune import budgets, distill, export, gates, linen, nnx, optim, qat, reconstruct
@@ -60,10 +60,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClusteredArray",
+    "CompactFunction",
+    "Cost",
     "Graph",
+    "Group",
     "LowRankArray",
     "QuantizedArray",
     "SparseArray",
+    "Stats",
+    "Summary",
     "Uses",
     "apply_masks",
     "awq",

@@ -106,7 +106,7 @@ def _scalings_of(graph: Graph, call: Callable[..., Any], leaves: list[Any]) -> l
     pulls = _pulls(call, leaves)
     found = []
     for group in graph.groups:
-        if group.kind == "units":
+        if group.kind != "layers":
             members = _members(graph, group, leaves)
             rows = _null_space(pulls, members, group.size)
             found += [_Scaling(members, row, group.size) for row in rows]

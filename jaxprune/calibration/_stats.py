@@ -28,7 +28,7 @@ _LEAST = ("low",)
     ),
     meta_fields=("axes", "uses", "groups"),
 )  # fmt: skip
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stats:
     """What multiplied a weight during calibration.
 
@@ -64,6 +64,13 @@ class Stats:
     axes: tuple[int, ...]
     uses: Uses
     groups: int = 1
+
+    def __repr__(self) -> str:
+        if not jnp.size(self.mean):
+            return "Stats(of a leaf that multiplies nothing)"
+        names = ("histogram", "second_moment")
+        more = "".join(f", {name}" for name in names if getattr(self, name) is not None)
+        return f"Stats(features {jnp.shape(self.mean)}{more}, axes {self.axes})"
 
 
 def empty(uses: Uses) -> Stats:

@@ -268,7 +268,7 @@ def attach(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}")
     graph = trace(fn, params, *args, **kwargs)
-    known = {group.name: group for group in graph.groups if group.kind == "units"}
+    known = {group.name: group for group in graph.groups if group.kind != "layers"}
     chosen = list(known.values())
     if groups is not None:
         chosen = [_group(name, known, graph) for name in groups]

@@ -29,7 +29,7 @@ class OperationCost:
     source: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cost:
     """Cost of a call.
 
@@ -40,6 +40,12 @@ class Cost:
 
     operations: tuple[OperationCost, ...]
     param_bytes: int
+
+    def __repr__(self) -> str:
+        return (
+            f"Cost({self.flops:,.0f} FLOPs, {self.param_bytes:,} bytes of parameters, "
+            f"{self.activation_bytes:,} of activations, {len(self.operations)} operations)"
+        )
 
     @property
     def flops(self) -> float:

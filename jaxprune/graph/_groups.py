@@ -1,6 +1,7 @@
 """Units gathered into groups with names, and the reasons of those that cannot shrink."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from jaxprune.graph._constraints import Solution
 Member = tuple[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Group:
     """Units that live on the same axes: the channels of some layers, the heads of an attention.
 
@@ -20,14 +21,24 @@ class Group:
       size: number of units.
       members: every `(path, axis)` that shrinks with them.
       units: numbers of the units.
-      kind: `"units"`, or `"layers"` where each is one iteration of a scan over stacked layers.
+      kind: what they are, read off the program: `"stream"` (features that residual branches are added
+        to), `"heads"`, or of grouped queries `"kv heads"` and `"queries per kv head"`; `"head dim"`,
+        `"neurons"`, `"channels"` (of convolutions), `"experts"`, `"states"` (what a recurrence carries),
+        `"layers"` (iterations of a scan over stacked layers).
+      label: the module that they live in and their kind, `layers/3/mlp/neurons`.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
     units: np.ndarray
-    kind: str = "units"
+    kind: str = "neurons"
+    label: str = ""
+
+    def __repr__(self) -> str:
+        return (
+            f"Group({self.label or self.name!r}: {self.size} {self.kind}, {len(self.members)} axes)"
+        )
 
 
 def groups_of(
@@ -75,7 +86,7 @@ def groups_of(
             part = mine[column[mine] == side]
             if len(part):
                 layers = iterations.issuperset(part.tolist())
-                what = "layers" if layers else "units"
+                what = "layers" if layers else "neurons"
                 groups.append(Group(_name(entry, rank), len(part), entry, part, what))
     return _named_apart(groups, column)
 
@@ -93,6 +104,50 @@ def _named_apart(groups: list[Group], column: np.ndarray) -> tuple[Group, ...]:
         name += f" #{seen[name]}" if seen[name] > 1 else ""
         found.append(replace(group, name=name))
     return tuple(found)
+
+
+def labelled(groups: Sequence[Group], kinds: Sequence[str], paths: Sequence[str]) -> list[Group]:
+    """Groups with their kinds, and labels that no two share.
+
+    A label begins with the module that all members lie in; where that is the whole tree, with the module
+    that makes the units, unless they are the stream.
+    """
+    top = _shared(paths)
+    modules = [_shared([path for path, _ in group.members]) for group in groups]
+    makers = [group.name.rpartition("[")[0] for group in groups]
+    makers = [maker.rpartition("/")[0] or maker for maker in makers]
+    first = [
+        maker if module == top and kind not in ("stream", "layers") else module
+        for module, maker, kind in zip(modules, makers, kinds, strict=True)
+    ]
+    label = lambda module, kind: f"{module}/{kind}" if module else kind
+    labels = list(map(label, first, kinds))
+    count = Counter(labels)
+    parts = [
+        group.name[group.name.rindex("]") + 1 :] for group in groups
+    ]  # " (outer)" and the like
+    labels = [
+        label(maker, kind) + part if count[old] > 1 else old
+        for old, maker, kind, part in zip(labels, makers, kinds, parts, strict=True)
+    ]
+    seen: Counter[str] = Counter()
+    found = []
+    for group, kind, name in zip(groups, kinds, labels, strict=True):
+        seen[name] += 1
+        unique = f"{name} #{seen[name]}" if seen[name] > 1 else name
+        found.append(replace(group, kind=kind, label=unique))
+    return found
+
+
+def _shared(paths: Sequence[str]) -> str:
+    """The module that all leaves lie in."""
+    modules = [path.split("/")[:-1] for path in paths]
+    same = []
+    for parts in zip(*modules, strict=False):
+        if len(set(parts)) > 1:
+            break
+        same.append(parts[0])
+    return "/".join(same)
 
 
 def _name(members: tuple[Member, ...], rank: dict[str, int]) -> str:

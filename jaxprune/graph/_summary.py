@@ -52,7 +52,7 @@ class Reason(NamedTuple):
     cure: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
     """How much of a function can be removed; from `graph.summary()`.
 
@@ -83,6 +83,13 @@ class Summary:
 
     def __rich__(self) -> Table:
         return self.table
+
+    def __repr__(self) -> str:
+        flops = "" if self.flops is None else f", {self.flops:.1%} of the FLOPs"
+        return (
+            f"Summary({self.parameters:.1%} of the parameters{flops} in {self.groups} groups, "
+            f"{len(self.reasons)} reasons)"
+        )
 
     def __str__(self) -> str:
         console = Console(width=120)

@@ -1,6 +1,7 @@
 """The coupling graph of a function: which axes of which parameters shrink together, and which cannot."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,13 +13,16 @@ from rich.table import Table
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Params, PyTree
 from jaxprune.graph._axes import AxisInfo
+from jaxprune.graph._choose import GroupWhere, Only, chosen_groups
 from jaxprune.graph._constraints import Constraints, Solution
 from jaxprune.graph._cost import Cost, cost_of
-from jaxprune.graph._groups import Group, frozen_of, groups_of
+from jaxprune.graph._groups import Group, frozen_of, groups_of, labelled
+from jaxprune.graph._kinds import kinds_of
 from jaxprune.graph._leaf_flops import leaf_flops
 from jaxprune.graph._removal import Removal, masked_slices, removal_of
 from jaxprune.graph._states import StateLeaf, States, state_leaves
 from jaxprune.graph._summary import Summary, reasons_of, share_of_parameters
+from jaxprune.graph._tabulate import table_of
 from jaxprune.graph._walk import couple, walk
 from jaxprune.graph._zeros import Work, needed_work, removed_leaves
 from jaxprune.program import (
@@ -31,7 +35,7 @@ from jaxprune.program import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Graph:
     """A traced function; made by `jp.trace`.
 
@@ -68,7 +72,12 @@ class Graph:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """What can shrink."""
-        return groups_of(self.paths, self.own, self.solution, self.iterations)
+        found = groups_of(self.paths, self.own, self.solution, self.iterations)
+        n_params = len(self.paths)
+        states = [self.program.inputs[n_params + state.input] for state in self.state_leaves]
+        flow = Flow(self.program, n_params)
+        kinds = kinds_of(flow, self.axes, self.solution, found, states)
+        return tuple(labelled(found, kinds, self.paths))
 
     @cached_property
     def frozen(self) -> tuple[tuple[tuple[str, int], str], ...]:
@@ -163,17 +172,47 @@ class Graph:
 
     @property
     def table(self) -> Table:
-        """Groups, and frozen axes with their reasons, as a `rich` table."""
-        table = Table(title="Coupling graph")
-        for column in ("group", "units", "axes that shrink together, or why one cannot"):
-            table.add_column(column, overflow="fold")
-        for group in self.groups:
-            members = ", ".join(f"{path}[{axis}]" for path, axis in group.members)
-            units = f"{group.size} layers" if group.kind == "layers" else str(group.size)
-            table.add_row(group.name, units, members)
-        for (path, axis), reason in self.frozen:
-            table.add_row(f"{path}[{axis}]", "frozen", reason)
-        return table
+        """Groups, and frozen axes with their reasons, as a `rich` table; see `tabulate`."""
+        return self.tabulate()
+
+    def tabulate(
+        self, *, only: Only = None, where: GroupWhere = None, every: bool = False
+    ) -> Table:
+        """Groups with their shares of the parameters and FLOPs, and frozen axes with their reasons.
+
+        FLOPs are those of products with parameters. A matrix between two groups counts for both.
+
+        Args:
+          only, where: the groups to show, see `jp.structure.unit_masks`; without frozen axes then.
+          every: show all members of groups, and axes that are never pruned: those of one entry, and
+            windows (space of kernels).
+
+        Returns:
+          The table.
+
+        Raises:
+          ValueError: kinds and patterns that fit no group.
+
+        Example:
+          >>> params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
+          >>> graph = jp.trace(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], params, jnp.ones((1, 4)))
+          >>> graph.tabulate(only="neurons").row_count
+          1
+        """
+        groups = chosen_groups(self.groups, only=only, where=where)
+        frozen = self.frozen if only is None and where is None else ()
+        flops = None if self.is_symbolic else self.leaf_flops
+        return table_of(groups, self.own, self.solution, flops, frozen, every=every)
+
+    def __repr__(self) -> str:
+        name = getattr(self.fn, "__name__", type(self.fn).__name__)
+        total = sum(int(np.prod(shape)) for shape in self.shapes)
+        kinds = Counter(group.kind for group in self.groups)
+        known = ", ".join(f"{count} of {kind}" for kind, count in kinds.items()) or "none"
+        return (
+            f"Graph({name}: {len(self.paths)} leaves, {total:,} parameters; groups: {known}; "
+            f"{len(self.frozen)} frozen axes)"
+        )
 
     def __rich__(self) -> Table:
         return self.table

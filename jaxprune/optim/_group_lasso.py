@@ -136,7 +136,7 @@ def _groups(graph: Graph, ignore: Sequence[str]) -> list[Group]:
     for name in ignore:
         if name not in known:
             raise ValueError(_trees.no_match(name, known, parameter="ignore"))
-    found = [g for g in graph.groups if g.kind == "units" and g.name not in ignore]
+    found = [g for g in graph.groups if g.kind != "layers" and g.name not in ignore]
     if not found:
         reasons = "; ".join(f"{path}[{axis}]: {why}" for (path, axis), why in graph.frozen[:4])
         raise ValueError(f"graph: no unit of this function can go: {reasons or 'all are ignored'}")

@@ -1,7 +1,7 @@
 """The traced program of a function, and how to run it: what every other room reads."""
 
 from jaxprune.program._affine import Norm, Pair, biases_of, norms_of
-from jaxprune.program._flow import Flow
+from jaxprune.program._flow import Flow, programs_in
 from jaxprune.program._inputs import Inputs, TraceCache, inputs_of, is_traced_input
 from jaxprune.program._layout import Layout, layout_of, restored, standard
 from jaxprune.program._nested import nesting_of, split_scan

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune._types import Masks
-from jaxprune.graph import Graph
+from jaxprune.graph import Graph, GroupWhere, Only, chosen_groups
 from jaxprune.reports._plot import new_figure
 
 _COLOURS = 10
@@ -12,7 +12,14 @@ _INCHES_PER_ROW, _INCHES_PER_COLUMN = 0.19, 0.3
 _MOST_INCHES = 60
 
 
-def plot_groups(path: str | Path, graph: Graph, *, masks: Masks | None = None) -> Path:
+def plot_groups(
+    path: str | Path,
+    graph: Graph,
+    *,
+    masks: Masks | None = None,
+    only: Only = None,
+    where: GroupWhere = None,
+) -> Path:
     """Draws which modules share units: one column per group, one row per module.
 
     A filled dot: the module makes the units (they are the last axis of a kernel, a bias, a scale); a
@@ -23,12 +30,14 @@ def plot_groups(path: str | Path, graph: Graph, *, masks: Masks | None = None) -
       path: the file; its suffix chooses the format.
       graph: from `jp.trace`.
       masks: masks of the traced parameters.
+      only, where: the groups to draw, see `jp.structure.unit_masks`; all by default.
 
     Returns:
       The path.
 
     Raises:
       ImportError: matplotlib is missing.
+      ValueError: kinds and patterns that fit no group.
 
     Example:
       >>> import tempfile
@@ -40,7 +49,8 @@ def plot_groups(path: str | Path, graph: Graph, *, masks: Masks | None = None) -
     rows = list(dict.fromkeys(_module(p) for p in graph.paths))
     row = {name: i for i, name in enumerate(rows)}
     rank = dict(zip(graph.paths, map(len, graph.shapes), strict=True))
-    columns = max(len(graph.groups), 1)
+    groups = chosen_groups(graph.groups, only=only, where=where)
+    columns = max(len(groups), 1)
     longest = max((len(name) for name in rows), default=1)
     width = min(max(4.0, columns * _INCHES_PER_COLUMN + 1.0) + longest * 0.075, _MOST_INCHES)
     height = min(2.0 + len(rows) * _INCHES_PER_ROW, _MOST_INCHES)
@@ -50,7 +60,7 @@ def plot_groups(path: str | Path, graph: Graph, *, masks: Masks | None = None) -
     for i in range(0, len(rows), 2):
         main.axhspan(i - 0.5, i + 0.5, color="0.96", zorder=0)
     gone = None if masks is None else graph.removal(masks).units
-    for column, group in enumerate(graph.groups):
+    for column, group in enumerate(groups):
         colour = f"C{column % _COLOURS}"
         made, used = set(), set()
         for member, axis in group.members:

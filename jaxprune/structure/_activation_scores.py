@@ -9,13 +9,19 @@ from jaxtyping import Float
 
 from jaxprune import _trees
 from jaxprune._types import Params, PyTree
-from jaxprune.graph import Graph, Group, Place, places_of
+from jaxprune.graph import Graph, Group, GroupWhere, Only, Place, chosen_groups, places_of
 from jaxprune.scores import per_entry
 from jaxprune.structure._scoring import kernels_of
 
 
 def activation_scores(
-    graph: Graph, params: Params, stats: PyTree, *, centered: bool = False
+    graph: Graph,
+    params: Params,
+    stats: PyTree,
+    *,
+    centered: bool = False,
+    only: Only = None,
+    where: GroupWhere = None,
 ) -> dict[str, np.ndarray]:
     """Score units by the share of what their readers compute that comes from them.
 
@@ -37,6 +43,7 @@ def activation_scores(
       stats: of `jp.calibrate` on them.
       centered: use variances instead of mean squares: what a unit's removal changes if its mean goes into
         the biases, by `jp.calibration.correct_biases`.
+      only, where: the groups to score, see `unit_masks`; all by default.
 
     Returns:
       Scores of units in [0, 1], float64 (units,), by name of the group, for `unit_masks(unit_scores=)`.
@@ -45,7 +52,7 @@ def activation_scores(
 
     Raises:
       ValueError: parameters or statistics of another tree or other shapes, a group whose weights were
-        not calibrated, or no group at all that has scores.
+        not calibrated, no group at all that has scores, or kinds and patterns that fit no group.
 
     Example:
       >>> tree = {"a": jnp.array([[3.0, 1.0]]), "b": jnp.array([[0.5], [2.0]])}
@@ -66,9 +73,9 @@ def activation_scores(
     kernels = kernels_of(graph)
     energies: dict[int, np.ndarray] = {}
     scores = {}
-    for group in graph.groups:
+    for group in chosen_groups(graph.groups, only=only, where=where):
         places = [p for p in places_of(graph, group) if p.leaf in kernels]
-        if group.kind != "units" or not places:
+        if group.kind == "layers" or not places:
             continue
         _check_calibrated(graph, group, places, found)
         places = [p for p in places if np.any(np.asarray(found[p.leaf].count))]

@@ -61,6 +61,12 @@ class CompactFunction:
         self.__wrapped__ = fn
         self._plans = TraceCache()
 
+    def __repr__(self) -> str:
+        sizes = [len(leaf) for leaf in self._kept]
+        small = sum(int(np.prod([len(index) for index in leaf])) for leaf in self._kept)
+        full = sum(int(np.prod(np.shape(x))) for x in _trees.flatten(self._full)[1])
+        return f"CompactFunction({self.__name__}: {small:,} of {full:,} parameters, {len(sizes)} leaves)"
+
     def of(
         self,
         fn: Callable[..., Any],

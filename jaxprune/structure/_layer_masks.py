@@ -1,6 +1,6 @@
 """Masks of the layers that matter least."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ def layer_masks(
     flops: float | None = None,
     contiguous: bool = False,
     pattern: str | None = None,
+    where: str | Sequence[str] | Callable[[Layer], bool] | None = None,
     ignore: Sequence[str] = (),
 ) -> Masks:
     """Masks that remove whole layers of a residual network; `jp.compact` then leaves nothing of them.
@@ -40,6 +41,8 @@ def layer_masks(
       contiguous: remove neighbours: those that start at the layer of the lowest score, which should come
         from `layer_scores(span=…)` of as many layers.
       pattern: what counts as one layer, see `layers`.
+      where: the layers that may go: regular expressions matched in full against names of layers and
+        paths of their parameters, or `f(layer) -> bool`; all by default. Fractions are of them.
       ignore: regular expressions, searched in names of layers that stay.
 
     Returns:
@@ -47,7 +50,7 @@ def layer_masks(
 
     Raises:
       ValueError: no layer may go; no target or several, or one out of range or reach; scores that lack
-        layers.
+        layers; a `where` or `ignore` that matches none.
 
     Example:
       >>> tree = {"in": jnp.ones((4, 4)), "up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
@@ -71,7 +74,8 @@ def layer_masks(
     everything = some_layers(graph, pattern)
     ranked = _by_layer(graph, everything, scores, layer_scores)
     closed = [_trees.compile_pattern(p, parameter="ignore") for p in _as_list(ignore)]
-    open_layers = [x for x in everything if not any(regex.search(x.name) for regex in closed)]
+    chosen = _chosen(graph, everything, where)
+    open_layers = [x for x in chosen if not any(regex.search(x.name) for regex in closed)]
     for regex in closed:
         if not any(regex.search(x.name) for x in everything):
             names = [x.name for x in everything]
@@ -84,6 +88,28 @@ def layer_masks(
     if count is None or isinstance(count, bool) or not 0 <= count <= len(open_layers):
         raise ValueError(f"count: expected 0 to {len(open_layers)} layers, got {count}")
     return _masks_without(graph, _lowest(open_layers, ranked, count, contiguous))
+
+
+def _chosen(graph: Graph, found: Sequence[Layer], where: Any) -> list[Layer]:
+    """The layers that `where` selects."""
+    if where is None:
+        return list(found)
+    texts = {x.name: [x.name, *(graph.paths[i] for i, _ in x.leaves)] for x in found}
+    if callable(where):
+        hits = {x.name for x in found if where(x)}
+        if not hits:
+            raise ValueError(f"where: the function selects no layer of {[*texts][:6]}")
+        return [x for x in found if x.name in hits]
+    hits = set[str]()
+    for pattern in _as_list(where):
+        regex = _trees.compile_pattern(pattern)
+        mine = {
+            name for name, own in texts.items() if name == pattern or any(map(regex.fullmatch, own))
+        }
+        if not mine:
+            raise ValueError(_trees.no_match(pattern, [*texts]))
+        hits |= mine
+    return [x for x in found if x.name in hits]
 
 
 def _as_list(patterns: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxprune import _checks
 from jaxprune._types import Masks, PyTree, Scores
-from jaxprune.graph import Graph, places_of
+from jaxprune.graph import Graph, GroupWhere, Only, places_of
 from jaxprune.structure._scoring import (
     NORMALIZATIONS,
     REDUCTIONS,
@@ -30,10 +30,12 @@ class Units:
       reduce: how a unit's score comes from its entries, see `unit_masks`.
       normalize: how scores of groups are made comparable, see `unit_masks`.
       min_units: at least so many units of each group stay.
-      ignore: names of groups and regular expressions of paths that stay whole.
+      only, where: which groups may shrink, see `unit_masks`.
+      ignore: kinds, names and labels of groups and regular expressions of paths that stay whole.
 
     Raises:
-      ValueError: an unknown name, an `ignore` that matches nothing, or later scores of another tree.
+      ValueError: an unknown name or kind, a `where` or `ignore` that matches nothing,
+        or later scores of another tree.
 
     Example:
       >>> tree = {"a": jnp.array([[3.0, 1.0, 2.0, 4.0]]), "b": jnp.ones((4, 2))}
@@ -51,6 +53,8 @@ class Units:
         reduce: str = "kernels",
         normalize: str = "none",
         min_units: int = 1,
+        only: Only = None,
+        where: GroupWhere = None,
         ignore: Sequence[str] = (),
     ) -> None:
         _checks.choice("reduce", reduce, REDUCTIONS)
@@ -59,7 +63,7 @@ class Units:
         self._graph, self._reduce, self._normalize = graph, reduce, normalize
         self._min_units = min_units
         self._kernels = kernels_of(graph) if reduce == "kernels" else frozenset()
-        self._groups = open_groups(graph, ignore)
+        self._groups = open_groups(graph, ignore, only=only, where=where)
         self._places = [places_of(graph, group) for group in self._groups]
 
     @property

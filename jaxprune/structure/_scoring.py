@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxprune import _trees
 from jaxprune._types import Masks, PyTree
-from jaxprune.graph import Graph, Group, Place
+from jaxprune.graph import Graph, Group, GroupWhere, Only, Place, chosen_groups
 
 REDUCTIONS = ("kernels", "mean", "l1", "l2", "max", "first")
 NORMALIZATIONS = ("mean", "none", "max", "sum", "gaussian")
@@ -101,21 +101,31 @@ def normalized(x: Any, how: str) -> Any:
     return x / xp.maximum(scale, _TINY)
 
 
-def open_groups(graph: Graph, ignore: Sequence[str]) -> list[Group]:
-    """The groups of units that `ignore` does not name."""
+def open_groups(
+    graph: Graph, ignore: Sequence[str], *, only: Only = None, where: GroupWhere = None
+) -> list[Group]:
+    """The groups of units that `only` and `where` choose and `ignore` does not name."""
+    chosen = chosen_groups(graph.groups, only=only, where=where)
+    if only is not None or where is not None:
+        stacked = [group for group in chosen if group.kind == "layers"]
+        if stacked and len(stacked) == len(chosen):
+            raise ValueError(
+                f"only, where: {stacked[0].label!r} are stacked layers, which structure.layer_masks "
+                "removes; choose units, such as 'neurons'"
+            )
     closed: set[str] = set()
     for pattern in [ignore] if isinstance(ignore, str) else ignore:
         regex = _trees.compile_pattern(pattern, parameter="ignore") if pattern else None
         hits = {
             group.name
             for group in graph.groups
-            if group.name == pattern
+            if pattern in (group.name, group.label, group.kind)
             or (regex is not None and any(regex.fullmatch(path) for path, _ in group.members))
         }
         if not hits and not (regex and any(regex.fullmatch(path) for path in graph.paths)):
             raise ValueError(_trees.no_match(pattern, graph.paths, parameter="ignore"))
         closed |= hits
-    return [g for g in graph.groups if g.name not in closed and g.kind == "units"]
+    return [g for g in chosen if g.name not in closed and g.kind != "layers"]
 
 
 def like_params(graph: Graph) -> PyTree:

@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Masks, Scores
-from jaxprune.graph import Graph, Group, places_of, reduced
+from jaxprune.graph import Graph, Group, GroupWhere, Only, places_of, reduced
+from jaxprune.structure._divided import not_compounded
 from jaxprune.structure._latency import search_latency
 from jaxprune.structure._rounding import Rounding, by_number, by_platform, largest_multiple
 from jaxprune.structure._scoring import (
@@ -42,6 +43,8 @@ def unit_masks(
     normalize: str = "none",
     round_to: int | str = "auto",
     min_units: int = 1,
+    only: Only = None,
+    where: GroupWhere = None,
     ignore: Sequence[str] = (),
 ) -> Masks:
     """Masks that remove whole units: channels, neurons, heads, features of a residual stream.
@@ -55,7 +58,8 @@ def unit_masks(
       unit_scores: instead, scores of units, by name of their group, `{name: (units,)}`: what flows
         through them (`jp.structure.activation_scores`, the better choice where there is data), or the
         rates at which gates open them (`jp.gates.inspect`); groups without scores stay whole.
-      sparsity: fraction of the units to remove, in [0, 1].
+      sparsity: fraction of the units to remove, in [0, 1]. Of an axis that several groups divide, such
+        as heads and their dimensions in one matrix, that fraction of the whole axis.
       params: fraction of the parameters to keep, in (0, 1].
       flops: fraction of the FLOPs of a call to keep, in (0, 1].
       latency: fraction of a call's time to keep, in (0, 1], measured here on JAX's default backend, with
@@ -80,7 +84,11 @@ def unit_masks(
         always, under `params` and `flops` as coarsely as leaves at least four fifths of what was asked
         for. Under `sparsity` it keeps the exact number, which was asked for.
       min_units: keep at least so many units of each group.
-      ignore: names of groups and regular expressions of paths that stay whole.
+      only: kinds of groups that may shrink, such as `"neurons"` or `["heads", "head dim"]`, see
+        `Group.kind`; all by default. Fractions of units are of theirs, of parameters and FLOPs of all.
+      where: which groups may shrink: a kind, a name or label of a group, or a regular expression matched
+        in full against those and the paths of members; a sequence of those; or `f(group) -> bool`.
+      ignore: kinds, names and labels of groups and regular expressions of paths that stay whole.
 
     Returns:
       Masks like the parameters, for `jp.apply_masks`, `jp.masked_update` and `jp.compact`. Stacked layers
@@ -88,7 +96,8 @@ def unit_masks(
 
     Raises:
       ValueError: no target or several, a target out of range or out of reach, no units that can go (with
-        the reasons), scores of another tree, or an `ignore` that matches nothing.
+        the reasons), scores of another tree, kinds that the graph has not (with those it has), or
+        a `where` or `ignore` that matches nothing.
 
     Warns:
       UserWarning: nothing goes, though a sparsity was asked for.
@@ -107,7 +116,7 @@ def unit_masks(
         _checks.positive_int("round_to", round_to)
     _checks.positive_int("min_units", min_units)
     target, value = _target(sparsity=sparsity, params=params, flops=flops, latency=latency)
-    groups = open_groups(graph, ignore)
+    groups = open_groups(graph, ignore, only=only, where=where)
     ranked = [
         normalized(x, normalize) for x in _scores_of(graph, groups, scores, unit_scores, reduce)
     ]
@@ -246,11 +255,16 @@ def _chosen(
     """Per component whether that unit goes, when `fraction` of the units of each class should."""
     everything = np.concatenate([*ranked, np.zeros(0)])
     owner = np.repeat(np.arange(len(groups)), [group.size for group in groups])
-    wanted = np.zeros(len(groups), int)
+    asked = np.zeros(len(groups))
     for kind in np.unique(classes):
         mine = np.flatnonzero(classes[owner] == kind)
         lowest = mine[np.argsort(everything[mine], kind="stable")][: round(fraction * len(mine))]
-        wanted += np.bincount(owner[lowest], minlength=len(groups))
+        alone = classes == kind
+        one = fraction * len(mine) * alone  # not rounded where nothing competes
+        many = np.bincount(owner[lowest], minlength=len(groups))
+        asked += one if alone.sum() == 1 else many
+    least = [rounded(0) for rounded in rounding]
+    wanted = not_compounded(graph, groups, ranked, asked, least)
     removed = np.zeros(len(graph.solution.reason), bool)
     for group, score, count, rounded in zip(groups, ranked, wanted.tolist(), rounding, strict=True):
         count = min(group.size - rounded(group.size - count), int(np.isfinite(score).sum()))

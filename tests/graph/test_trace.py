@@ -69,4 +69,4 @@ def test_every_axis_is_accounted_for():
         for path, shape in zip(graph.paths, graph.shapes, strict=True):
             assert all((path, axis) in named for axis in range(len(shape))), (name, path)
         assert all(reason for _, reason in graph.frozen)
-        assert graph.table.row_count == len(graph.groups) + len(graph.frozen)
+        assert graph.tabulate(every=True).row_count == len(graph.groups) + len(graph.frozen)
