@@ -25,7 +25,8 @@ class InputScaledArray(CompressedLeaf):
       factor: float32, the dense shape with shared axes of size 1.
 
     Example:
-      >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 3))}
+      >>> x = jnp.array([[9.0, 0.1, 0.1, 0.1]])
       >>> stats = jp.calibrate(lambda p, x: x @ p["w"], params, [x])
       >>> leaf = jp.awq(params, stats, 4, group_size=None)["w"]
       >>> type(leaf).__name__, leaf.factor.shape
