@@ -1,10 +1,10 @@
 """For `flax.nnx`: modules in, modules out; gated modules, and layers of fixed connectivity."""
 
 from jaxprune.nnx._compact import compact, small_arguments
+from jaxprune.nnx._exits import EarlyExit
 from jaxprune.nnx._gates import (
     BlockGate,
     ChannelGate,
-    EarlyExit,
     GatedConv,
     GatedDense,
     HeadGate,

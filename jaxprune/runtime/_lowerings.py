@@ -6,8 +6,7 @@ square of the results; where `x` or the weights hold outliers that make that imp
 are not finite, the product is one of floats, decided as it runs.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from jaxprune._trees import is_few
 from jaxprune.program import Layout
 from jaxprune.quantize import InputScale, Levels
 from jaxprune.runtime._activations import (
-    LEAST,
     STEPS,
     TOP,
     How,
@@ -48,10 +46,10 @@ from jaxprune.runtime._operands import (
     times_inner,
 )
 from jaxprune.runtime._rules import INTEGERS, Kind, has_rule, rule_of
+from jaxprune.runtime._samples import mean_squares, sampled, weights_resolved
 
 _FEW = 2  # integer products of fewer rows run slower than of these
 _PEAK = 5.0  # largest to rms of a column of weights, as a rule
-_SEEN = 16  # entries of each block and column that tell of outliers
 
 
 class Lowering(NamedTuple):
@@ -81,7 +79,7 @@ def _split(x: Array, w: Any, layout: Layout, how: How) -> Array:
 
     def fast() -> tuple[Array, Array]:
         y, seen = _in_codes(int8_split(scaled, axes, 2), w, layout)
-        return _scaled(y, w, layout), reaches(y, scaled, _squares(seen, layout))
+        return _scaled(y, w, layout), reaches(y, scaled, mean_squares(seen, layout))
 
     return _guarded(scaled, axes, fast, lambda: _blocked(x, w, layout, None))
 
@@ -136,14 +134,14 @@ def _scaled(y: Array, w: Any, layout: Layout) -> Array:
 
 
 def _in_codes(split: Int8Split, w: Any, layout: Layout) -> tuple[Array, Array]:
-    """An integer product in units of codes of the weights, and some squares of those, see `_sampled`."""
+    """An integer product in units of codes of the weights, and some squares of those, see `sampled`."""
     shape = split.codes[0].shape[1:]
     at = len(layout.batch)
 
     def multiply(xs: list[Array], part: Block, _: Any) -> list[Array]:
         inner = layout.of(part.codes)
         found = [inner.dot(x, part.codes, jnp.int32) for x in xs]
-        return [*found, _sampled([part.codes], inner, jnp.square)]
+        return [*found, sampled([part.codes], inner, jnp.square)]
 
     codes = [_padded(x, at + 1) for x in split.codes]
     *ys, seen = blocked_product(codes, w, None, layout, multiply)
@@ -214,14 +212,14 @@ def _groups(x: Array, w: Any, layout: Layout, how: How) -> Array:
         def multiply(xs: list[Array], part: Any, _: Any) -> list[Array]:
             scale = part.levels.scale.astype(jnp.float32)
             squares = lambda codes: jnp.square(codes * scale)
-            seen = _sampled([part.codes], layout.of(part.codes), squares)
+            seen = sampled([part.codes], layout.of(part.codes), squares)
             return [*(product(x, part.levels) for x in xs), seen]
 
         codes = [_padded(x, 1) for x in split.codes]
         block = w.size // w.scale.shape[0]
         *ys, seen = blocked_product(codes, w, None, layout, multiply, block=block)
         y = added(ys, 0, layout.rows) * over_free(split.scale, layout)
-        return y, reaches(y, x, _squares(seen, layout))
+        return y, reaches(y, x, mean_squares(seen, layout))
 
     return _guarded(x, axes, fast, lambda: _blocked(x, w, layout, None))
 
@@ -269,14 +267,14 @@ def _both_split(x: Array, w: Any, layout: Layout) -> tuple[Array, Array]:
         high, low = part.split(unit)
         inner = layout.of(part.codes)
         found = [_hi_lo_product(inner, x, high, low, at) for x in xs]
-        seen = [_sampled([high, low], inner, f) for f in (lambda x: excess(jnp.abs(x)), jnp.square)]
+        seen = [sampled([high, low], inner, f) for f in (lambda x: excess(jnp.abs(x)), jnp.square)]
         return [*found, *seen]
 
     *ys, above, seen = blocked_product(split.codes, w, extra, layout, multiply)
     y = added(ys, at, layout.rows) * over_free(split.scale, layout)
-    fine = reaches(y, x, _squares(seen, layout))
+    fine = reaches(y, x, mean_squares(seen, layout))
     if extra is not None:
-        fine &= _weights_resolved(above, bound, layout)
+        fine &= weights_resolved(above, bound, layout)
     return y * beside(unit / TOP, layout), fine
 
 
@@ -284,38 +282,6 @@ def _hi_lo_product(inner: Layout, x: Array, high: Array, low: Array, at: int) ->
     """Products with both parts of the weights, in units of the high one; parts of `x` stay apart."""
     whole = inner.dot(x, high, jnp.int32).astype(jnp.float32)
     return whole + inner.dot(x, low, jnp.int32).astype(jnp.float32) / STEPS
-
-
-def _sampled(codes: Sequence[Array], inner: Layout, of: Callable[[Array], Array]) -> Array:
-    """Some codes of each column, high and low parts: the sum of something over them, how many are not 0,
-    and how many they are: (batch…, 1, 3, free…).
-    """
-    axis = max(inner.contract, key=lambda i: inner.shape[i])
-    step = max(codes[0].shape[axis] // _SEEN, 1)
-    parts = [jax.lax.slice_in_dim(y, 0, None, step, axis).astype(jnp.float32) for y in codes]
-    some = parts[0] if len(parts) == 1 else parts[0] + parts[1] / STEPS
-    sums = [jnp.sum(y, inner.contract) for y in (of(some), some != 0, jnp.ones_like(some))]
-    kept = [i for i in range(some.ndim) if i not in inner.contract]
-    order = [kept.index(i) for i in (*inner.batch, *inner.free)]
-    at = len(inner.batch)
-    found = [jnp.transpose(y.astype(jnp.float32), order) for y in sums]
-    return jnp.expand_dims(jnp.stack(found, at), at)
-
-
-def _squares(seen: Array, layout: Layout) -> Array:
-    """The mean square of each column's codes, summed over columns, on average over batch axes."""
-    at = len(layout.batch)
-    squares, _, count = jnp.moveaxis(jnp.squeeze(seen, at), at, 0)
-    return jnp.sum(squares / jnp.maximum(count, 1.0)) / math.prod(squares.shape[:at])
-
-
-def _weights_resolved(seen: Array, bound: Array, layout: Layout) -> Array:
-    """Whether the largest bound of a column is below what is typical of all of them."""
-    at = len(layout.batch)
-    above, count, _ = jnp.moveaxis(jnp.squeeze(seen, at), at, 0)
-    bound = jnp.broadcast_to(jnp.squeeze(beside(bound, layout), at), above.shape)
-    typical = bound * jnp.where(count > 0, 1.0 + above / (LEAST * jnp.maximum(count, 1.0)), 0.0)
-    return jnp.max(bound, initial=0.0) <= jnp.sqrt(jnp.mean(jnp.square(typical)))
 
 
 def _dense(x: Array, w: Any, layout: Layout, how: How) -> Array:
