@@ -85,8 +85,12 @@ def test_any_batch_and_length(kind, tmp_path):
             expected = jax.jit(fn)(params, tokens, cache)
             found = model(tokens, cache=cache)
             assert found._fields == expected._fields
-            # other lowerings where rows are symbolic: each is within 5e-4 of the rms per product
-            close(found, expected, 1e-4 if kind == "dense" else 1e-2)
+            if kind == "dense":
+                close(found, expected)
+                continue
+            # other lowerings where rows are symbolic: each of two products within 5e-4 of its rms
+            for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+                assert jnp.max(jnp.abs(x - y)) <= 1e-3 * jnp.sqrt(jnp.mean(jnp.square(y)))
 
 
 FRESH = """
