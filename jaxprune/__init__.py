@@ -52,9 +52,21 @@ from jaxprune.sparse import SparseArray, sparsify_tree
 from jaxprune.structure import CompactFunction, compact
 
 if TYPE_CHECKING:
-    from jaxprune import budgets, distill, export, gates, linen, nnx, optim, qat, reconstruct
+    from jaxprune import (
+        budgets,
+        distill,
+        export,
+        gates,
+        linen,
+        nnx,
+        optim,
+        qat,
+        reconstruct,
+        rewrite,
+    )
     from jaxprune.optim import masked_update
     from jaxprune.reconstruct import awq, gptq, sparsegpt
+    from jaxprune.rewrite import smooth_quant
 
 __version__ = "0.1.0"
 
@@ -101,9 +113,11 @@ __all__ = [
     "quantize_tree",
     "reconstruct",
     "report",
+    "rewrite",
     "schedules",
     "scores",
     "share",
+    "smooth_quant",
     "sparse",
     "sparsegpt",
     "sparsify_tree",
@@ -125,12 +139,14 @@ _WHEN_USED = (
     "optim",
     "qat",
     "reconstruct",
+    "rewrite",
 )  # imports stay quick
 
 _HOMES = {
     "awq": "reconstruct",
     "gptq": "reconstruct",
     "masked_update": "optim",
+    "smooth_quant": "rewrite",
     "sparsegpt": "reconstruct",
 }
 

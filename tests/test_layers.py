@@ -35,6 +35,7 @@ LAYERS = {
     "qat": 4,
     "reconstruct": 4,
     "reports": 4,
+    "rewrite": 4,
     "export": 5,
     "cli": 6,
 }

@@ -8,7 +8,7 @@ from jaxprune.graph._couple import RULES
 from jaxprune.graph._evaluate import Kept, evaluate
 from jaxprune.graph._groups import Group
 from jaxprune.graph._kinds import KINDS
-from jaxprune.graph._places import Place, places_of
+from jaxprune.graph._places import Place, frozen_places, places_of
 from jaxprune.graph._reduce import Reduced, reduced
 from jaxprune.graph._removal import Removal, removal_of
 from jaxprune.graph._residual import Block, iterations_of, residual_blocks

@@ -36,3 +36,21 @@ def places_of(graph: Graph, group: Group) -> list[Place]:
         mine = order[unit] >= 0
         found.append(Place(leaf, axis, slices[mine], order[unit[mine]]))
     return found
+
+
+def frozen_places(graph: Graph) -> list[tuple[int, list[Place]]]:
+    """Axes of parameters that hold the same units, of those that cannot be removed: how many, and where.
+
+    They may still be scaled or permuted together.
+    """
+    solution = graph.solution
+    found: dict[bytes, tuple[int, list[Place]]] = {}
+    for leaf, axes in enumerate(graph.own):
+        for axis, ids in enumerate(axes.ids):
+            slices, unit = solution.factors(solution.label[ids])
+            mine = solution.reason[unit] >= 0
+            units, order = np.unique(unit[mine], return_inverse=True)
+            if len(units):
+                place = Place(leaf, axis, slices[mine], order.reshape(-1))
+                found.setdefault(units.tobytes(), (len(units), []))[1].append(place)
+    return list(found.values())
