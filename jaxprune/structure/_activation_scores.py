@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxprune import _trees
+from jaxprune import _checks, _trees
 from jaxprune._types import Params, PyTree
 from jaxprune.graph import Graph, Group, GroupWhere, Only, Place, chosen_groups, places_of
 from jaxprune.scores import per_entry
@@ -20,6 +20,7 @@ def activation_scores(
     stats: PyTree,
     *,
     centered: bool = False,
+    by: str = "share",
     only: Only = None,
     where: GroupWhere = None,
 ) -> dict[str, np.ndarray]:
@@ -43,10 +44,15 @@ def activation_scores(
       stats: of `jp.calibrate` on them.
       centered: use variances instead of mean squares: what a unit's removal changes if its mean goes into
         the biases, by `jp.calibration.correct_biases`.
+      by: `"share"`, as above; or what is seen of the activations alone: `"max"`, the largest |x| over all
+        rows, or `"rms"`, the root of the mean of x² (Minitron's and LLM-Pruner's measures). Of a unit of
+        several features, such as a head, the same over them; of several readers the largest. Their scale
+        is that of the activations, so that groups do not compare: use `scope="leaf"`. Groups that
+        nothing reads have no such score.
       only, where: the groups to score, see `unit_masks`; all by default.
 
     Returns:
-      Scores of units in [0, 1], float64 (units,), by name of the group, for `unit_masks(unit_scores=)`.
+      Scores of units, float64 (units,), by name of the group, for `unit_masks(unit_scores=)`.
       Groups that no product or convolution touches, such as positions that are looked up, have none:
       they stay whole.
 
@@ -68,6 +74,9 @@ def activation_scores(
     Reference: the energy is Wanda's (Sun et al. 2023, https://arxiv.org/abs/2306.11695), gathered by
     units and divided by its reader's.
     """
+    _checks.choice("by", by, ("share", "max", "rms"))
+    if by != "share" and centered:
+        raise ValueError('centered: only for by="share"; leave it out')
     leaves = _leaves_of(graph, params)
     found = _stats_of(graph, stats)
     kernels = kernels_of(graph)
@@ -84,7 +93,13 @@ def activation_scores(
                 path = graph.paths[p.leaf]
                 energies[p.leaf] = _energy(path, leaves[p.leaf], found[p.leaf], centered)
         readers = [p for p in places if p.axis - energies[p.leaf].ndim in found[p.leaf].axes]
-        if readers:
+        if by != "share":
+            if readers:
+                own = [
+                    _seen(found[p.leaf], energies[p.leaf].shape, p, group.size, by) for p in readers
+                ]
+                scores[group.name] = np.max(own, axis=0)
+        elif readers:
             each = [_shares(energies[p.leaf], found[p.leaf], p, group.size) for p in readers]
             scores[group.name] = np.max(each, axis=0)
         else:
@@ -158,6 +173,24 @@ def _shares(
     found = np.zeros((size, by_slice.shape[1]))
     np.add.at(found, place.units, by_slice[place.slices])
     return found.max(axis=1)
+
+
+def _seen(
+    stat: Any, shape: tuple[int, ...], place: Place, size: int, by: str
+) -> Float[np.ndarray, "units"]:
+    """The largest, or the root mean square, of the activations that a reader gets from each unit."""
+    x = np.asarray(stat.absmax if by == "max" else stat.mean_square, np.float64)
+    entries = per_entry("activations", shape, stat, jnp.asarray(x))
+    each = np.moveaxis(np.broadcast_to(np.asarray(entries, np.float64), shape), place.axis, 0)
+    each = each.reshape(len(each), -1)
+    if by == "max":
+        found = np.zeros(size)
+        np.maximum.at(found, place.units, each.max(1)[place.slices])
+        return found
+    total, count = np.zeros(size), np.zeros(size)
+    np.add.at(total, place.units, each.mean(1)[place.slices])
+    np.add.at(count, place.units, 1)
+    return np.sqrt(total / np.maximum(count, 1))
 
 
 def _made(made: list[tuple[np.ndarray, Place]], size: int) -> Float[np.ndarray, "units"]:

@@ -1,6 +1,7 @@
 """How much each layer of a residual network matters."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxprune.graph import Graph, iterations_of
 from jaxprune.program import Executor, Operation, inputs_of, split_scan
 from jaxprune.structure._layers import Layer, some_layers
 
-_MEASURES = ("influence", "angular", "loss", "magnitude")
+_MEASURES = ("influence", "angular", "loss", "kl", "magnitude")
 
 
 def layer_scores(
@@ -35,8 +36,10 @@ def layer_scores(
       *args: inputs, of any batch size.
       by: `"influence"`: 1 - cosine similarity of the residual stream before and after (block influence,
         Men et al. 2024, ShortGPT). `"angular"`: the angle between them over pi (Gromov et al. 2024).
-        `"loss"`: by how much the loss rises without the layer. `"magnitude"`: the mean of `scores` over
-        the layer's parameters. The first two compare along the last axis and average over all others.
+        `"loss"`: by how much the loss rises without the layer. `"kl"`: the mean Kullback-Leibler
+        divergence of the softmax of the output, which must be one array of logits, from that without
+        the layer. `"magnitude"`: the mean of `scores` over the layer's parameters. The first two compare
+        along the last axis and average over all others.
       loss: `output -> scalar`, for `by="loss"`.
       scores: any scores, for `by="magnitude"`; the absolute weights by default.
       pattern: what counts as one layer, see `layers`.
@@ -68,10 +71,14 @@ def layer_scores(
     if by == "magnitude":
         tree = jax.tree.map(jnp.abs, params) if scores is None else scores
         each = [mean_score(graph, layer, tree) for layer in found]
-    elif by == "loss":
+    elif by in ("loss", "kl"):
+        arrays = inputs_of(args, kwargs).arrays
+        if by == "kl":
+            outs, _ = Executor().run(graph.program, [*leaves, *arrays])
+            loss = partial(kl_divergence, graph.program.out_tree.unflatten(outs))
         if loss is None:
             raise ValueError('loss: by="loss" needs loss=, a function of the output, got None')
-        each = _loss_changes(graph, found, leaves, inputs_of(args, kwargs).arrays, loss)
+        each = _loss_changes(graph, found, leaves, arrays, loss)
     else:
         pairs = _streams(graph, found, leaves, inputs_of(args, kwargs).arrays)
         each = [
@@ -104,6 +111,17 @@ def _loss_changes(
             flags[position][... if index is None else index] = False
         changes.append(float(run(flags)) - dense)
     return changes
+
+
+def kl_divergence(dense: Any, other: Any) -> jax.Array:
+    """The mean over all but the last axis of KL(softmax(dense) || softmax(other)), in nats."""
+    if not all(hasattr(x, "ndim") and x.ndim for x in (dense, other)):
+        raise ValueError(
+            "output: expected one array of logits, (..., classes), for a divergence, got "
+            f"{jax.tree.structure(dense)}; give a function of the output"
+        )
+    a, b = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (dense, other))
+    return jnp.mean(jnp.sum(jnp.exp(a) * (a - b), -1))
 
 
 def _mask_shape(graph: Graph, found: tuple[Layer, ...], position: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from jaxprune._types import Masks, Scores
 from jaxprune.graph import Graph, Group, GroupWhere, Only, places_of, reduced
 from jaxprune.structure._divided import not_compounded
 from jaxprune.structure._latency import search_latency
+from jaxprune.structure._native import widths_by_kind, widths_by_label
 from jaxprune.structure._rounding import Rounding, by_number, by_platform, largest_multiple
 from jaxprune.structure._scoring import (
     NORMALIZATIONS,
@@ -349,18 +350,25 @@ def _search(
     return best
 
 
-def widths(graph: Graph, masks: Masks) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters once masked units are removed: what to build a native module with.
+def widths(graph: Graph, masks: Masks, *, by: str = "path") -> dict[str, Any]:
+    """The sizes that are left once masked units are removed: what to build a native module with.
 
     Args:
       graph: from `jp.trace`.
       masks: tree of bools with the structure of the traced parameters.
+      by: `"path"`: the shape of each parameter. `"label"`: what is left of each group, by its label.
+        `"kind"`: one number per kind, `{"num_heads": 6, "num_kv_heads": 2, "mlp": 1024, "layers": 10}`;
+        also `embed`, `head_dim`, `channels`, `experts`, `states`. Query heads count all together.
 
     Returns:
-      Shape by path.
+      Sizes by path, label or kind. A native module of these sizes takes the compacted parameters. It
+      computes the same where heads, neurons, experts and layers went; where features of the stream or
+      dimensions of heads did, modules whose norms or scales divide by their number differ from the masked
+      function.
 
     Raises:
-      ValueError: masks of another tree.
+      ValueError: masks of another tree; by kind, groups that differ in width, which no native module with
+        one width can hold.
 
     Example:
       >>> tree = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
@@ -368,7 +376,12 @@ def widths(graph: Graph, masks: Masks) -> dict[str, tuple[int, ...]]:
       >>> keep = jnp.arange(8) < 6
       >>> jp.structure.widths(graph, {"a": keep[None], "b": keep[:, None]})
       {'a': (4, 6), 'b': (6, 2)}
+      >>> jp.structure.widths(graph, {"a": keep[None], "b": keep[:, None]}, by="kind")
+      {'mlp': 6}
     """
+    _checks.choice("by", by, ("path", "label", "kind"))
+    if by != "path":
+        return (widths_by_kind if by == "kind" else widths_by_label)(graph, masks)
     kept = reduced(graph, graph.removal(masks)).kept
     return {
         path: tuple(len(index) for index in left)
