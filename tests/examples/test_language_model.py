@@ -35,9 +35,9 @@ def test_layouts_and_caches_agree(example):
         for i in range(6):
             logits, cache = run(params, TOKENS[:, i : i + 1], cache, jnp.int32(i))
             found.append(logits)
-        np.testing.assert_allclose(jnp.concatenate(found, 1), expected, atol=1e-5)
+        np.testing.assert_allclose(jnp.concatenate(found, 1), expected, atol=1e-4)
         whole, _ = run(params, TOKENS, empty, jnp.int32(0))
-        np.testing.assert_allclose(whole, expected, atol=1e-5)
+        np.testing.assert_allclose(whole, expected, atol=1e-4)
         inputs = (TOKENS[:, :1], cache, jnp.int32(5))
         graph = jp.trace(fn, params, *inputs, states=STATES)
         scores = jp.scores.magnitude(params)
@@ -48,7 +48,7 @@ def test_layouts_and_caches_agree(example):
         masked = jax.jit(fn)(jp.apply_masks(params, masks), TOKENS)[0]
         for i in range(6):
             logits, short = jax.jit(small_fn)(small, TOKENS[:, i : i + 1], short, jnp.int32(i))
-            np.testing.assert_allclose(logits[:, 0], masked[:, i], atol=1e-5)
+            np.testing.assert_allclose(logits[:, 0], masked[:, i], atol=1e-4)
 
 
 def test_text(example, tmp_path):
