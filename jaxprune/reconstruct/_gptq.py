@@ -1,8 +1,9 @@
 """Quantization that makes up for its own error, from second moments (GPTQ)."""
 
 import re
+import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from jaxtyping import Array
 
 from jaxprune import _checks, _trees
 from jaxprune._progress import track
-from jaxprune._types import Params, PyTree, Where
+from jaxprune._types import Masks, Params, PyTree, Where
 from jaxprune.quantize import (
     Misfits,
     QuantizedArray,
@@ -39,6 +40,7 @@ from jaxprune.reconstruct._solve import (
 )
 
 SCALES = ("absmax", "mse")
+_PRUNED = 0.2  # of zeros
 
 
 def gptq(
@@ -53,6 +55,7 @@ def gptq(
     damping: float = 0.01,
     order: str = "activation",
     scale: str = "mse",
+    masks: Masks | None = None,
     rules: Rules | None = None,
     where: Where = None,
 ) -> PyTree:
@@ -77,6 +80,8 @@ def gptq(
         weights before any is changed.
       scale: `"mse"` chooses each scale to have the least squared error, weighted as the recursion weighs
         it; `"absmax"` reaches the largest magnitude.
+      masks: of pruned `params`: what they remove stays exactly 0, and is made up for. Without, zeros are
+        weights like others and get values.
       where: which leaves; by default those that were seen to multiply something.
 
     Returns:
@@ -88,8 +93,8 @@ def gptq(
         does not divide a leaf where `otherwise="error"`.
 
     Warns:
-      UserWarning: matrices (experts) that no row was seen to multiply, which are rounded to nearest;
-        leaves that groups do not divide.
+      UserWarning: pruned weights without their masks; matrices (experts) that no row was seen to multiply,
+        which are rounded to nearest; leaves that groups do not divide.
 
     Example:
       >>> params = {"w": jax.random.normal(jax.random.key(0), (32, 8))}
@@ -115,6 +120,7 @@ def gptq(
     named = [path for path, hit in zip(paths, hits, strict=True) if hit]
     specs = specs_for(params, base, rules, [re.escape(path) for path in named], stats, misfits)
     misfits.tell()
+    kept = _kept(params, masks, hits)
     ready = {
         i: layout_of(paths[i], tuple(leaves[i].shape), found[i])
         for i, spec in enumerate(specs)
@@ -122,29 +128,59 @@ def gptq(
     }
     moments = {i: grams(paths[i], found[i], layout) for i, layout in ready.items()}  # checked first
     tell_unseen("gptq", "rounded to nearest", [(found[i], ready[i]) for i in ready])
-    out, flags = list(leaves), []
+    out = list(leaves)
     for i in track([i for i, spec in enumerate(specs) if spec is not None], "gptq"):
         x, spec = jnp.asarray(_trees.dense(leaves[i])), specs[i]
         assert spec is not None
-        flags.append(jnp.all(jnp.isfinite(x)))
-        refuse_non_finite([paths[i]], flags[-1:])
+        refuse_non_finite([paths[i]], [jnp.all(jnp.isfinite(x))])
         if i in ready:
-            out[i] = _rounded(x, moments.pop(i), ready[i], spec, damping, order, scale == "mse")
+            how = _How(damping, order, scale == "mse")
+            out[i] = _rounded(x, kept[i], moments.pop(i), ready[i], spec, how)
         else:
             out[i] = quantize(paths[i], x, spec)[0]
     return treedef.unflatten(out)
 
 
+class _How(NamedTuple):
+    damping: float
+    order: str
+    search: bool
+
+
+def _kept(params: Params, masks: Masks | None, hits: list[bool]) -> list[Any]:
+    """The mask of each leaf; a warning where pruned ones have none."""
+    paths, leaves, treedef = _trees.flatten(params)
+    if masks is not None:
+        return treedef.flatten_up_to(_checks.masks_fit(masks, params))
+    pairs = zip(paths, leaves, hits, strict=True)
+    zeros = [path for path, leaf, hit in pairs if hit and _is_pruned(leaf)]
+    if zeros:
+        warnings.warn(
+            f"gptq: a fifth or more of {len(zeros)} leaves is 0, such as {zeros[0]!r}, and gets values "
+            "again; give the masks of pruned weights: masks=",
+            stacklevel=3,
+        )
+    return [None] * len(leaves)
+
+
+def _is_pruned(leaf: Any) -> bool:
+    """Whether so many entries are 0 that a mask made them so."""
+    return float(jnp.mean(jnp.asarray(_trees.dense(leaf)) == 0)) >= _PRUNED
+
+
 def _rounded(
-    x: Array, gram: Array, layout: Layout, spec: Spec, damping: float, order: str, search: bool
+    x: Array, mask: Any, gram: Array, layout: Layout, spec: Spec, how: _How
 ) -> QuantizedArray:
     """One leaf."""
     group = spec.group_size or 0
-    follows = group > 0 and order == "given" and _runs_along(layout, spec)
+    follows = group > 0 and how.order == "given" and _runs_along(layout, spec)
     wide = x.astype(jnp.float32)
-    known = (
-        None if follows else scales_before(wide, gram, layout, spec, damping if search else None)
-    )
+    keep = None
+    if mask is not None and np.ndim(mask):
+        full_mask = jnp.broadcast_to(mask, x.shape)
+        keep, wide = layout.split(full_mask), jnp.where(full_mask, wide, 0.0)
+    searched = how.damping if how.search else None
+    known = None if follows else scales_before(wide, gram, layout, spec, searched)
     matrices = layout.split(wide)
     full = None if known is None else per_entry(known, layout, spec)
     block = block_size(layout.features, group if follows else 0)
@@ -164,14 +200,15 @@ def _rounded(
             padded(w[ranks], size),
             padded_factor(u, size),
             grid,
+            None if keep is None else padded(keep[number][ranks], size),
             spec=of_rows(spec),
             size=group if follows else 0,
-            search=search,
+            search=how.search,
             block=block,
         )
         return w[:n][jnp.argsort(ranks)], (grid if follows else None)
 
-    made = solved(layout.path, matrices, gram, damping, order, one)
+    made = solved(layout.path, matrices, gram, how.damping, how.order, one)
     dense = layout.join(jnp.stack([w for w, _ in made]))
     if known is None:
         sizes = [layout.shape[i] for i in layout.summed]

@@ -52,7 +52,7 @@ class Layout:
         """How many matrices the leaf holds."""
         return int(np.prod(self.shape[: self.lead])) * self.groups
 
-    def split(self, x: Float[Array, "..."]) -> Float[Array, "matrices features outputs"]:
+    def split(self, x: Shaped[Array, "..."]) -> Shaped[Array, "matrices features outputs"]:
         """An array of the leaf's shape as matrices. Inverse of `join`."""
         order = (*range(self.lead), *self.summed, *self.outer)
         x = jnp.transpose(x, order).reshape(-1, self.features, self.groups, self.outputs)

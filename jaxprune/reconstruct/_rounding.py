@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.quantize import (
     Spec,
@@ -83,6 +83,7 @@ class Nearest:
     spec: Spec
     scales: GroupScales
     weights: Any
+    keep: Any  # (features, outputs) bools, or None: all
 
     def at_block(self, w: Array, start: Int[Array, ""], carried: Grid) -> Grid:
         """New groups."""
@@ -94,8 +95,9 @@ class Nearest:
         return carried
 
     def row(self, x: Array, index: Int[Array, ""], carried: Grid) -> Array:
-        """The nearest levels."""
-        return on_grid(x, carried, index, self.spec)
+        """The nearest levels, 0 for what is pruned."""
+        found = on_grid(x, carried, index, self.spec)
+        return found if self.keep is None else jnp.where(self.keep[index], found, 0.0)
 
 
 @partial(jax.jit, static_argnames=("spec", "size", "search", "block"))
@@ -103,6 +105,7 @@ def round_matrix(
     w: Float[Array, "features outputs"],
     u: Float[Array, "features features"],
     grid: Grid,
+    keep: Bool[Array, "features outputs"] | None,
     *,
     spec: Spec,
     size: int,
@@ -111,7 +114,7 @@ def round_matrix(
 ) -> tuple[Float[Array, "features outputs"], Grid]:
     """A matrix on the grid, with the least error of its outputs that one pass finds (GPTQ)."""
     weights = 1.0 / jnp.square(jnp.diagonal(u))
-    rounding = Nearest(spec, GroupScales(spec, size, search), weights)
+    rounding = Nearest(spec, GroupScales(spec, size, search), weights, keep)
     return sweep(w, u, rounding, grid, block=block)
 
 

@@ -168,6 +168,20 @@ def test_pruned_and_quantized_at_once(layer):
     assert reference.loss(w, dense, gram) < reference.loss(w, apart.materialize(), gram)
 
 
+@pytest.mark.parametrize("order", ["given", "activation"])
+def test_quantized_after_pruning(layer, order):
+    w, _, stats, gram = layer
+    pruned, masks = jp.sparsegpt({"w": w}, stats, 0.5)
+    made = jp.gptq(pruned, stats, 4, group_size=32, order=order, masks=masks)["w"].materialize()
+    assert not np.asarray(made)[~np.asarray(masks["w"])].any()
+    near = jp.quantize_tree(pruned, 4, group_size=32)["w"].materialize()
+    assert reference.loss(w, made, gram) < reference.loss(w, near, gram)
+    with pytest.warns(UserWarning, match=r"'w', and gets values again; give the masks"):
+        jp.gptq(pruned, stats, 4, group_size=32)
+    with pytest.raises(ValueError, match="masks"):
+        jp.gptq(pruned, stats, 4, group_size=32, masks={"v": masks["w"]})
+
+
 def test_bfloat16_keeps_its_dtype(layer):
     w, _, stats, _ = layer
     params = {"w": jnp.asarray(w, jnp.bfloat16)}
