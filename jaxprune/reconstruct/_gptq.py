@@ -93,8 +93,8 @@ def gptq(
         does not divide a leaf where `otherwise="error"`.
 
     Warns:
-      UserWarning: pruned weights without their masks; matrices (experts) that no row was seen to multiply,
-        which are rounded to nearest; leaves that groups do not divide.
+      UserWarning: pruned weights without their masks; matrices (experts) that no row was seen to
+        multiply, which are rounded to nearest; leaves that groups do not divide.
 
     Example:
       >>> params = {"w": jax.random.normal(jax.random.key(0), (32, 8))}
