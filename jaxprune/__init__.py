@@ -11,7 +11,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxprune import (
-    calibration,
     masks,
     quantize,
     schedules,
@@ -21,7 +20,6 @@ from jaxprune import (
     structure,
 )
 from jaxprune._uses import Uses
-from jaxprune.calibration import Stats, calibrate, quantize_activations
 from jaxprune.graph import Cost, Graph, Group, Summary, trace
 from jaxprune.masks import (
     apply_masks,
@@ -38,7 +36,6 @@ from jaxprune.quantize import (
     fake_quantize_tree,
     quantize_tree,
 )
-from jaxprune.reports import nbytes, report
 from jaxprune.runtime import compressed
 from jaxprune.share import (
     ClusteredArray,
@@ -54,6 +51,7 @@ from jaxprune.structure import CompactFunction, compact
 if TYPE_CHECKING:
     from jaxprune import (
         budgets,
+        calibration,
         distill,
         export,
         gates,
@@ -62,10 +60,13 @@ if TYPE_CHECKING:
         optim,
         qat,
         reconstruct,
+        reports,
         rewrite,
     )
+    from jaxprune.calibration import Stats, calibrate, quantize_activations
     from jaxprune.optim import masked_update
     from jaxprune.reconstruct import awq, gptq, sparsegpt
+    from jaxprune.reports import nbytes, report
     from jaxprune.rewrite import smooth_quant
 
 __version__ = "0.1.0"
@@ -131,6 +132,7 @@ __all__ = [
 
 _WHEN_USED = (
     "budgets",
+    "calibration",
     "distill",
     "export",
     "gates",
@@ -139,13 +141,19 @@ _WHEN_USED = (
     "optim",
     "qat",
     "reconstruct",
+    "reports",
     "rewrite",
 )  # imports stay quick
 
 _HOMES = {
+    "Stats": "calibration",
     "awq": "reconstruct",
+    "calibrate": "calibration",
     "gptq": "reconstruct",
     "masked_update": "optim",
+    "nbytes": "reports",
+    "quantize_activations": "calibration",
+    "report": "reports",
     "smooth_quant": "rewrite",
     "sparsegpt": "reconstruct",
 }
@@ -160,4 +168,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_WHEN_USED})

@@ -16,7 +16,20 @@ print(*sorted(set(sys.modules) - before))
 """
 # what nobody waits for; what is slow is imported by the function that needs it
 QUICK = {"jaxprune", "jaxtyping", "rich", "numpy", "mmap", "statistics", "_statistics"}
-WHEN_USED = ("budgets", "distill", "export", "gates", "linen", "nnx", "optim", "qat")
+WHEN_USED = [
+    "budgets",
+    "calibration",
+    "distill",
+    "export",
+    "gates",
+    "linen",
+    "nnx",
+    "optim",
+    "qat",
+    "reconstruct",
+    "reports",
+    "rewrite",
+]
 
 
 def test_import_loads_little():

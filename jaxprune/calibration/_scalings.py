@@ -53,7 +53,9 @@ def scalings_of(
     pulls = _pulls(call, leaves)
     sets = [(g.size, places_of(graph, g)) for g in graph.groups if g.kind != "layers"]
     found = []
-    for size, places in [*sets, *(frozen_places(graph) if frozen else [])]:
+    # of a single unit the whole tensor is scaled, which no statistics of channels speak of
+    sets += [(n, places) for n, places in (frozen_places(graph) if frozen else []) if n > 1]
+    for size, places in sets:
         members = _members(places, leaves)
         found += [Scaling(members, row, size) for row in _null_space(pulls, members, size)]
     return found

@@ -27,7 +27,6 @@ KINDS = (
     "states",
     "layers",
 )
-_EXPONENTIALS = ("exp", "exp2", "logistic")
 _NONE: frozenset[int] = frozenset()
 Axes = tuple[list[int], list[int]]
 
@@ -118,7 +117,7 @@ class _Evidence:
                 continue
             before = _NONE.union(*(scored.get(i, _NONE) for i in op.ins))
             after = _NONE.union(*(soft.get(i, _NONE) for i in op.ins))
-            if op.name in _EXPONENTIALS:
+            if primitive(op.name).is_exponential:
                 after |= before
             if before or after:
                 scored |= dict.fromkeys(op.outs, before)

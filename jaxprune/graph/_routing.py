@@ -44,7 +44,7 @@ def routed_zeros(
     """What minus infinity and names say of an elementwise result along one axis."""
     nothing = np.zeros(n, bool)
     flags = [nothing if x is None else x for x in low]
-    if name in ("exp", "exp2", "logistic"):
+    if primitive(name).is_exponential:
         return Routed(flags[0], nothing)
     if name == "eq":
         for x, other in (ins, ins[::-1]):
@@ -98,7 +98,7 @@ def value_of(name: str, params: dict[str, Any], ins: list[AxisInfo]) -> float | 
 
 def is_share(name: str, ins: list[AxisInfo]) -> bool:
     """Whether no entry of an elementwise result is below 0; of exponentials and what is made of them."""
-    if name in ("exp", "exp2", "logistic"):
+    if primitive(name).is_exponential:
         return True
     known = primitive(name)
     if known.kind in (Kind.IDENTITY, Kind.CAST) or name in ("mul", "div", "add", "add_any"):

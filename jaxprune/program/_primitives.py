@@ -50,6 +50,7 @@ class Primitive:
       kind: what it does.
       is_free: it moves or makes numbers and computes none.
       is_transcendental: it computes, but no floating-point operations are counted, as in XLA.
+      is_exponential: it is one, as in a softmax or a sigmoid.
       preserves_zero: the result is zero where all operands are.
       absorbs_zero: the result is zero where any operand is.
       neutral: the right operand that leaves the left one as it is; the left one too, if it commutes.
@@ -60,6 +61,7 @@ class Primitive:
     kind: Kind
     is_free: bool = False
     is_transcendental: bool = False
+    is_exponential: bool = False
     preserves_zero: bool = False
     absorbs_zero: bool = False
     neutral: int | None = None
@@ -101,10 +103,11 @@ PRIMITIVES: Mapping[str, Primitive] = {
         preserves_zero=True,
     ),
     **_rows(
-        "acos acosh bessel_i0e bessel_i1e cos cosh digamma erfc exp exp2 lgamma log logistic rsqrt",
+        "acos acosh bessel_i0e bessel_i1e cos cosh digamma erfc lgamma log rsqrt",
         _ELEMENTWISE,
         is_transcendental=True,
     ),
+    **_rows("exp exp2 logistic", _ELEMENTWISE, is_transcendental=True, is_exponential=True),
     **_rows("clz is_finite not one_minus_square population_count", _ELEMENTWISE),
     **_rows("add add_any or xor", _ELEMENTWISE, preserves_zero=True, neutral=0, commutes=True),
     **_rows("sub", _ELEMENTWISE, preserves_zero=True, neutral=0),

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool
 
 from jaxprune import _trees
@@ -104,6 +103,8 @@ def _has_weights(operation: Operation, operands: list[Any], side: int, path: str
 
 def without_masked(logits: Array, has_weights: Bool[Array, "..."]) -> Array:
     """Logits with minus infinity for experts without weights; as they are where no expert has any."""
+    from jax.ad_checkpoint import checkpoint_name
+
     none = checkpoint_name(~jnp.any(has_weights), NO_EXPERT)
     kept = jnp.where(none, True, has_weights)
     return jnp.where(kept, logits, jnp.array(-jnp.inf, logits.dtype))
