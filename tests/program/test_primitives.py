@@ -12,7 +12,7 @@ import jaxprune
 from jaxprune.graph import RULES
 from jaxprune.program import PRIMITIVES, Flow, Kind, primitive, root, trace_program
 
-RULED = ("couple", "counted", "evaluate", "nested", "indexing", "mixing")
+RULED = ("couple", "counted", "evaluate", "nested", "indexing", "mixing", "routing")
 ROOT = Path(jaxprune.__file__).parent
 # where a primitive's name stands beside what is done about it: one function for each
 TABLES = {"program/_primitives.py"} | {f"graph/_{name}.py" for name in RULED}
