@@ -146,8 +146,9 @@ def pruned(kind, part, fn, params, plan, train_ids, scan=False):
     if kind != "depth":
         gone = count(params) - count(jp.compact(fn, params, masks, calibration[0][:, :-1])[1])
         target = part + gone / count(params)
-        units = widths(graph, fn, params, calibration, target, stay)
-        masks = jax.tree.map(jnp.logical_and, masks, units)
+        if target < 1:  # else the layers alone were as much as the part asked for
+            units = widths(graph, fn, params, calibration, target, stay)
+            masks = jax.tree.map(jnp.logical_and, masks, units)
     return masks
 
 
