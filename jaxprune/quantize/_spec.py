@@ -186,11 +186,10 @@ def fitted(
 
 
 def _by_channel(spec: Spec, known: Uses, ndim: int) -> Spec:
+    stacked = tuple(axis for axis in known.stacked if axis >= -ndim)
     if spec.granularity == "tensor":
-        stacked = tuple(axis for axis in known.stacked if axis >= -ndim)
         return replace(spec, channel_axis=stacked)
     given = spec.channel_axis
-    stacked = tuple(axis for axis in known.stacked if axis >= -ndim)
     axes = given if isinstance(given, tuple) else (*stacked, *_axes(given))
     return replace(spec, channel_axis=known.channel_axes if given is None else tuple({*axes}))
 

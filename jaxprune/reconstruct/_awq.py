@@ -1,6 +1,5 @@
 """Activation-aware weight quantization: inputs that are large get finer weights (AWQ)."""
 
-import re
 from functools import partial
 from typing import Any
 
@@ -9,26 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxprune import _checks, _trees
-from jaxprune._progress import track
+from jaxprune import _checks
 from jaxprune._types import Params, PyTree, Where
-from jaxprune.calibration import Stats
 from jaxprune.quantize import (
     InputScaledArray,
-    Misfits,
     Rules,
     Spec,
     from_levels,
     least_squares_scale,
-    quantize,
     quantize_with,
     reciprocal,
-    refuse_non_finite,
     scale_of,
-    specs_for,
     to_levels,
 )
-from jaxprune.reconstruct._matrices import Layout, chosen_leaves, layout_of, tell_unseen
+from jaxprune.reconstruct._leaf_by_leaf import Seen, format_of, leaf_by_leaf, planned
+from jaxprune.reconstruct._matrices import Layout, grams
 
 
 def awq(
@@ -90,43 +84,21 @@ def awq(
     Acceleration", 2023, https://arxiv.org/abs/2306.00978
     """
     _checks.positive_int("steps", steps)
-    bits = (8 if dtype is not None else 4) if bits is None else bits
-    base = Spec(
-        bits=bits, symmetric=symmetric, group_size=group_size, dtype=dtype, otherwise=otherwise
+    given = {"group_size": group_size, "otherwise": otherwise, "symmetric": symmetric}
+    plan = planned(params, stats, format_of(bits, dtype, **given), rules, where, "awq")
+    return leaf_by_leaf(
+        plan, "rounded without factors", lambda x, leaf: _aware(x, leaf, steps, clip)
     )
-    misfits = Misfits()
-    paths, leaves, treedef, found, hits = chosen_leaves(params, stats, where, "awq")
-    named = [re.escape(path) for path, hit in zip(paths, hits, strict=True) if hit]
-    specs = specs_for(params, base, rules, named, stats, misfits)
-    misfits.tell()
-    ready = {
-        i: layout_of(paths[i], tuple(leaves[i].shape), found[i])
-        for i, spec in enumerate(specs)
-        if spec is not None and found[i].axes
-    }
-    tell_unseen("awq", "rounded without factors", [(found[i], ready[i]) for i in ready])
-    out = list(leaves)
-    for i in track([i for i, spec in enumerate(specs) if spec is not None], "awq"):
-        x, spec = jnp.asarray(_trees.dense(leaves[i])), specs[i]
-        assert spec is not None
-        refuse_non_finite([paths[i]], [jnp.all(jnp.isfinite(x))])
-        if i in ready:
-            out[i] = _aware(x, found[i], ready[i], spec, steps, clip)
-        else:
-            out[i] = quantize(paths[i], x, spec)[0]
-    return treedef.unflatten(out)
 
 
-def _aware(x: Array, stat: Stats, layout: Layout, spec: Spec, steps: int, clip: bool) -> Any:
+def _aware(x: Array, leaf: Seen, steps: int, clip: bool) -> Any:
     """One leaf."""
+    stat, layout, spec = leaf.stat, leaf.layout, leaf.spec
     n = layout.features
     squares = stat.mean_square.astype(jnp.float32).reshape(layout.matrices, n)
-    gram = None
-    if stat.second_moment is not None:
-        gram = stat.second_moment.astype(jnp.float32).reshape(layout.matrices, n, n)
+    gram = None if stat.second_moment is None else grams(stat, layout)
     wide = x.astype(jnp.float32)
-    ones = jnp.ones((layout.matrices, n, 1))
-    factors = ones
+    factors = jnp.ones((layout.matrices, n, 1))
     if layout.groups == 1:
         size = _sizes(squares, layout, is_window=stat.uses.kind == "convolution")
         powers = jnp.asarray(np.arange(steps) / steps, jnp.float32)
@@ -168,10 +140,7 @@ def join_factors(
     if layout.groups > 1:
         return layout.join(jnp.broadcast_to(factors, (*factors.shape[:2], layout.outputs)))
     sizes = [layout.shape[i] for i in (*range(layout.lead), *layout.summed)]
-    x = factors.reshape(*sizes, *(1 for _ in layout.outer))
-    return jnp.transpose(
-        x, np.argsort((*range(layout.lead), *layout.summed, *layout.outer)).tolist()
-    )
+    return layout.restored(factors.reshape(*sizes, *(1 for _ in layout.outer)))
 
 
 @partial(jax.jit, static_argnames=("layout", "spec"))

@@ -1,8 +1,6 @@
 """Quantization that makes up for its own error, from second moments (GPTQ)."""
 
-import re
 import warnings
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,19 +8,10 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxprune import _checks, _trees
-from jaxprune._progress import track
 from jaxprune._types import Masks, Params, PyTree, Where
-from jaxprune.quantize import (
-    Misfits,
-    QuantizedArray,
-    Rules,
-    Spec,
-    quantize,
-    quantize_with,
-    refuse_non_finite,
-    specs_for,
-)
-from jaxprune.reconstruct._matrices import Layout, chosen_leaves, grams, layout_of, tell_unseen
+from jaxprune.quantize import QuantizedArray, Rules, Spec, quantize_with
+from jaxprune.reconstruct._leaf_by_leaf import Seen, format_of, leaf_by_leaf, planned
+from jaxprune.reconstruct._matrices import Layout, grams
 from jaxprune.reconstruct._rounding import (
     Grid,
     known_grid,
@@ -111,34 +100,17 @@ def gptq(
     """
     check_options(damping, order)
     _checks.choice("scale", scale, SCALES)
-    bits = (8 if dtype is not None else 4) if bits is None else bits
-    base = Spec(
-        bits=bits, symmetric=symmetric, group_size=group_size, dtype=dtype, otherwise=otherwise
-    )
-    misfits = Misfits()
-    paths, leaves, treedef, found, hits = chosen_leaves(params, stats, where, "gptq")
-    named = [path for path, hit in zip(paths, hits, strict=True) if hit]
-    specs = specs_for(params, base, rules, [re.escape(path) for path in named], stats, misfits)
-    misfits.tell()
-    kept = _kept(params, masks, hits)
-    ready = {
-        i: layout_of(paths[i], tuple(leaves[i].shape), found[i])
-        for i, spec in enumerate(specs)
-        if spec is not None and found[i].axes
-    }
-    moments = {i: grams(paths[i], found[i], layout) for i, layout in ready.items()}  # checked first
-    tell_unseen("gptq", "rounded to nearest", [(found[i], ready[i]) for i in ready])
-    out = list(leaves)
-    for i in track([i for i, spec in enumerate(specs) if spec is not None], "gptq"):
-        x, spec = jnp.asarray(_trees.dense(leaves[i])), specs[i]
-        assert spec is not None
-        refuse_non_finite([paths[i]], [jnp.all(jnp.isfinite(x))])
-        if i in ready:
-            how = _How(damping, order, scale == "mse")
-            out[i] = _rounded(x, kept[i], moments.pop(i), ready[i], spec, how)
-        else:
-            out[i] = quantize(paths[i], x, spec)[0]
-    return treedef.unflatten(out)
+    given = {"group_size": group_size, "otherwise": otherwise, "symmetric": symmetric}
+    plan = planned(params, stats, format_of(bits, dtype, **given), rules, where, "gptq")
+    kept = _kept(params, masks, plan.hits)
+    moments = {i: grams(leaf.stat, leaf.layout) for i, leaf in plan.seen.items()}  # checked first
+    how = _How(damping, order, scale == "mse")
+
+    def one(x: Array, leaf: Seen) -> QuantizedArray:
+        i = leaf.position
+        return _rounded(x, kept[i], moments.pop(i), leaf.layout, leaf.spec, how)
+
+    return leaf_by_leaf(plan, "rounded to nearest", one)
 
 
 class _How(NamedTuple):
@@ -216,7 +188,7 @@ def _rounded(
         join = lambda rows: layout.join(jnp.stack(rows), tuple(sizes))
         scale = join([grid.scale for _, grid in made])
         known = scale, None if spec.symmetric else join([grid.zero for _, grid in made])
-    return replace(quantize_with(dense, *known, spec), dtype=np.dtype(x.dtype))
+    return quantize_with(dense, *known, spec).astype(x.dtype)
 
 
 def _runs_along(layout: Layout, spec: Spec) -> bool:

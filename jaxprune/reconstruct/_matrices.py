@@ -52,10 +52,14 @@ class Layout:
         """How many matrices the leaf holds."""
         return int(np.prod(self.shape[: self.lead])) * self.groups
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The leaf's axes as matrices have them: stacks, features, outputs."""
+        return (*range(self.lead), *self.summed, *self.outer)
+
     def split(self, x: Shaped[Array, "..."]) -> Shaped[Array, "matrices features outputs"]:
         """An array of the leaf's shape as matrices. Inverse of `join`."""
-        order = (*range(self.lead), *self.summed, *self.outer)
-        x = jnp.transpose(x, order).reshape(-1, self.features, self.groups, self.outputs)
+        x = jnp.transpose(x, self.order).reshape(-1, self.features, self.groups, self.outputs)
         return jnp.moveaxis(x, 2, 1).reshape(self.matrices, self.features, self.outputs)
 
     def join(
@@ -66,7 +70,11 @@ class Layout:
         rows, outer = int(np.prod(own)), [self.shape[i] for i in self.outer]
         x = jnp.moveaxis(x.reshape(-1, self.groups, rows, self.outputs), 1, 2)
         x = x.reshape(*self.shape[: self.lead], *own, *outer)
-        return jnp.transpose(x, np.argsort((*range(self.lead), *self.summed, *self.outer)).tolist())
+        return self.restored(x)
+
+    def restored(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """An array whose axes are in `order`, in the leaf's own."""
+        return jnp.transpose(x, np.argsort(self.order).tolist())
 
 
 def layout_of(path: str, shape: tuple[int, ...], stat: Stats) -> Layout:
@@ -90,7 +98,7 @@ def layout_of(path: str, shape: tuple[int, ...], stat: Stats) -> Layout:
     return found
 
 
-def grams(path: str, stat: Stats, layout: Layout) -> Float[Array, "matrices features features"]:
+def grams(stat: Stats, layout: Layout) -> Float[Array, "matrices features features"]:
     """The second moments of what multiplies a leaf, one per matrix.
 
     Raises:
@@ -98,7 +106,7 @@ def grams(path: str, stat: Stats, layout: Layout) -> Float[Array, "matrices feat
     """
     if stat.second_moment is None:
         raise ValueError(
-            f"stats: leaf {path!r} has no second moment; calibrate(fn, params, batches, "
+            f"stats: leaf {layout.path!r} has no second moment; calibrate(fn, params, batches, "
             "second_moment=True)"
         )
     n = layout.features
@@ -134,7 +142,9 @@ def chosen_leaves(
     return paths, leaves, treedef, found, hits
 
 
-def tell_unseen(who: str, what: str, pairs: list[tuple[Stats, Layout]]) -> None:
+def tell_unseen(
+    who: str, what: str, pairs: list[tuple[Stats, Layout]], *, stacklevel: int = 3
+) -> None:
     """Warns of matrices that no row multiplied."""
     unseen = []
     for stat, layout in pairs:
@@ -145,5 +155,5 @@ def tell_unseen(who: str, what: str, pairs: list[tuple[Stats, Layout]]) -> None:
         warnings.warn(
             f"{who}: no row of the batches multiplied some matrices of {', '.join(unseen[:3])}; they are "
             f"{what}; calibrate on more batches",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )

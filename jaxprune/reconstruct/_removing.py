@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxprune.masks import NM
 from jaxprune.quantize import Spec
 from jaxprune.reconstruct._columns import sweep
 from jaxprune.reconstruct._pick import smallest
@@ -61,7 +62,7 @@ class Removing:
         rows = jax.lax.dynamic_slice(w, (start, 0), (self.block, w.shape[1]))
         costs = self._costs(rows, start)
         if choice.m:
-            keep = _keep_of_m(costs.T, choice).T
+            keep = NM(choice.n, choice.m, -1).mask(costs)
         else:
             count = self.counts[start // self.block]
             keep = ~_in_units(costs, choice.unit, count)
@@ -70,9 +71,10 @@ class Removing:
 
     def at_step(self, rows: Array, start: Int[Array, ""], carried: Kept) -> Kept:
         """The mask of groups of m features."""
-        if not (self.choice.m and self.choice.along):
+        choice = self.choice
+        if not (choice.m and choice.along):
             return carried
-        keep = _keep_of_m(self._costs(rows, start), self.choice)
+        keep = NM(choice.n, choice.m, 0).mask(self._costs(rows, start))
         return carried._replace(mask=jax.lax.dynamic_update_slice(carried.mask, keep, (start, 0)))
 
     def row(self, x: Array, index: Int[Array, ""], carried: Kept) -> Array:
@@ -87,19 +89,6 @@ class Removing:
         # rows that fill the last block are no features: never counted, never kept of m
         real = (start + jnp.arange(rows.shape[0]) < self.features)[:, None]
         return jnp.where(real, costs, -1.0 if self.choice.m else jnp.inf)
-
-
-def _keep_of_m(costs: Float[Array, "rows outputs"], choice: Choice) -> Bool[Array, "rows outputs"]:
-    """The n largest of each m rows, ties to the earliest; a shorter last group keeps n too."""
-    rows, outputs = costs.shape
-    short = -rows % choice.m
-    x = jnp.pad(costs, ((0, short), (0, 0)), constant_values=-1.0)
-    x = x.reshape(-1, choice.m, outputs)
-    rank = jnp.zeros(x.shape, jnp.int32)
-    for j in range(choice.m):
-        other, earlier = x[:, j : j + 1], (jnp.arange(choice.m) > j)[:, None]
-        rank += (other > x) | ((other == x) & earlier)
-    return (rank < choice.n).reshape(-1, outputs)[:rows]
 
 
 def _in_units(

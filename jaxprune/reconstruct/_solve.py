@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxprune import _checks
 from jaxprune.reconstruct._factor import damped, inverse_factor, is_usable
@@ -40,11 +40,9 @@ def factor_in_order(
     return u, is_usable(u)
 
 
-def padded(x: Array, size: int, axis: int = 0) -> Array:
-    """Zeros added at the end of an axis."""
-    more = [(0, 0)] * x.ndim
-    more[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, more)
+def padded(x: Shaped[Array, "rows outputs"], size: int) -> Shaped[Array, "size outputs"]:
+    """Rows of zeros added at the end."""
+    return jnp.pad(x, ((0, size - x.shape[0]), (0, 0)))
 
 
 def padded_factor(u: Float[Array, "n n"], size: int) -> Float[Array, "m m"]:
@@ -71,8 +69,6 @@ def solved(
     """
     found = []
     for number in range(w.shape[0]):
-        if not jnp.issubdtype(w.dtype, jnp.floating):
-            raise TypeError(f"params: leaf {path!r} has dtype {w.dtype}, expected floats")
         moments = damped(gram[number], damping=damping)
         ranks = order_of(gram[number], order)
         u, usable = factor_in_order(moments, ranks)

@@ -10,7 +10,7 @@ from jaxprune import _checks, _trees
 from jaxprune._progress import track
 from jaxprune._types import Masks, Params, PyTree, Where
 from jaxprune.masks import NM, Block, pattern_on
-from jaxprune.quantize import Misfits, QuantizedArray, Spec, quantize_with, refuse_non_finite
+from jaxprune.quantize import Misfits, Spec, quantize_with, refuse_non_finite
 from jaxprune.reconstruct._matrices import Layout, chosen_leaves, grams, layout_of, tell_unseen
 from jaxprune.reconstruct._removing import Choice, prune_matrix
 from jaxprune.reconstruct._rounding import known_grid, of_rows, per_entry, scales_before
@@ -95,7 +95,7 @@ def sparsegpt(
         if formats is not None:
             own = misfits.fit(formats, paths[i], leaves[i], found[i].uses, is_read=True)
         choice = _choice(pattern_on(pattern, paths[i], shape, found[i].uses), layout)
-        ready[i] = layout, choice, own, grams(paths[i], found[i], layout)
+        ready[i] = layout, choice, own, grams(found[i], layout)
     misfits.tell()
     tell_unseen("sparsegpt", "pruned by magnitude", [(found[i], r[0]) for i, r in ready.items()])
     out, masks = list(leaves), [jnp.array(True)] * len(leaves)
@@ -232,5 +232,4 @@ def _pruned(
     if known is None:
         return dense.astype(x.dtype), mask
     assert spec is not None
-    found = quantize_with(dense.astype(jnp.float32), *known, spec)
-    return found.astype(x.dtype) if isinstance(found, QuantizedArray) else found, mask
+    return quantize_with(dense, *known, spec).astype(x.dtype), mask
