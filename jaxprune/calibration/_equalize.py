@@ -5,12 +5,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _checks, _trees
 from jaxprune._types import Params
-from jaxprune.calibration._scalings import Scaling, apply_factors, holds, ranges, scalings_of
+from jaxprune.calibration._scalings import (
+    Scaling,
+    apply_factors,
+    holds,
+    ranges,
+    scalings_of,
+    with_scaled,
+)
 from jaxprune.graph import trace
 
 _SETTLED = 1e-3  # logarithm of a factor
@@ -68,12 +74,7 @@ def equalize(
         moved = [_balance(wide, scaling) for scaling in found]
         if max(moved) < _SETTLED:
             break
-    touched = {
-        m.place.leaf for s in found for m, a in zip(s.members, s.exponents, strict=True) if a
-    }
-    return treedef.unflatten(
-        jnp.asarray(wide[i], leaf.dtype) if i in touched else leaf for i, leaf in enumerate(leaves)
-    )
+    return treedef.unflatten(with_scaled(leaves, wide, found))
 
 
 def _balance(leaves: list[Any], scaling: Scaling) -> float:

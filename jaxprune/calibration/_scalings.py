@@ -71,6 +71,19 @@ def apply_factors(leaves: list[Any], scaling: Scaling, factors: np.ndarray) -> N
             leaves[place.leaf] = x * each.reshape(shape)
 
 
+def with_scaled(leaves: list[Any], wide: list[Any], scalings: list[Scaling]) -> list[Any]:
+    """The leaves that scalings changed in `wide`, in their dtypes; the others as they were."""
+    pairs = (
+        (member.place.leaf, exponent)
+        for scaling in scalings
+        for member, exponent in zip(scaling.members, scaling.exponents, strict=True)
+    )
+    touched = {leaf for leaf, exponent in pairs if exponent}
+    return [
+        jnp.asarray(wide[i], leaf.dtype) if i in touched else leaf for i, leaf in enumerate(leaves)
+    ]
+
+
 def holds(call: Callable[..., Any], leaves: list[Any], wide: list[Any], scaling: Scaling) -> bool:
     """Whether outputs stay the same under some powers of two, which scale without rounding."""
     trial = list(wide)

@@ -4,7 +4,6 @@ import warnings
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _checks, _trees
@@ -17,6 +16,7 @@ from jaxprune.calibration import (
     ranges,
     scalings_of,
     stats_leaves,
+    with_scaled,
 )
 from jaxprune.graph import Place, trace
 
@@ -87,15 +87,7 @@ def smooth_quant(
         _smooth(wide, largest, found, each, float(alpha))
     smoothed = {place.leaf for each in readers for place in each.places}
     _tell([path for i, path in enumerate(paths) if found[i].axes and i not in smoothed], readers)
-    touched = {
-        member.place.leaf
-        for each in readers
-        for member, a in zip(each.scaling.members, each.scaling.exponents, strict=True)
-        if a
-    }
-    return treedef.unflatten(
-        jnp.asarray(wide[i], leaf.dtype) if i in touched else leaf for i, leaf in enumerate(leaves)
-    )
+    return treedef.unflatten(with_scaled(leaves, wide, [each.scaling for each in readers]))
 
 
 def _reading(scaling: Scaling, stats: list[Stats]) -> _Readers | None:
